@@ -1,0 +1,172 @@
+"""What all attacks share: their form, the check of their input, and the book of who still stands."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from redan.attacks.objectives import Objective
+from redan.attacks.search import SearchModel
+from redan.errors import UserError
+from redan.threats import Threat
+
+
+class Outcome(NamedTuple):
+    """What an attack leaves behind.
+
+    Attributes:
+        images: ``(n, c, h, w)``, the adversarial images; where the attack failed, its last attempt.
+        calls: int64 ``(n,)``, forward passes that each image took part in.
+    """
+
+    images: Tensor
+    calls: Tensor
+
+
+@dataclass(frozen=True)
+class Attack(ABC):
+    """An attack is its hyper-parameters: ``attack(model, images, labels)`` gives the adversarial images.
+
+    The model may be in any mode and is left exactly as it was. Nothing is written into ``images``. With the same
+    generator state, model and images the result is the same.
+
+    Args:
+        threat: what the attacker may do.
+    """
+
+    threat: Threat
+
+    def __call__(
+        self, model: nn.Module | SearchModel, images: Tensor, labels: Tensor, *, generator: Generator | None = None
+    ) -> Tensor:
+        """Attack a batch.
+
+        Args:
+            model: images to logits; a ``SearchModel`` where many batches are to be attacked.
+            images: float32 ``(n, c, h, w)`` in [0, 1].
+            labels: int64 ``(n,)``.
+            generator: source of randomness; torch's default one if None.
+
+        Returns:
+            Adversarial images, float32 ``(n, c, h, w)``, inside the threat and [0, 1].
+
+        Raises:
+            UserError: where images or labels are not as above.
+        """
+        search = model if isinstance(model, SearchModel) else SearchModel(model)
+        check_input(images, labels)
+        return self.run(search, images.detach(), labels, generator).images
+
+    @abstractmethod
+    def run(self, search: SearchModel, images: Tensor, labels: Tensor, generator: Generator | None) -> Outcome:
+        """The attack itself, on input that was checked."""
+
+
+def check_input(images: Tensor, labels: Tensor) -> None:
+    """Raise UserError unless images are float32 in [0, 1] and labels are int64, one an image."""
+    if images.dtype != torch.float32:
+        raise UserError(f"an attack takes float32 images in [0, 1], got {images.dtype}")
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"an attack takes one int64 label an image, got {labels.dtype} of shape {tuple(labels.shape)} "
+            f"for {len(images)} images"
+        )
+    if len(images) and not (images.amin() >= 0 and images.amax() <= 1):
+        raise UserError(
+            f"an attack takes images in [0, 1], got values from {images.amin():.3g} to {images.amax():.3g}; "
+            "normalisation belongs into the model, as its first layer"
+        )
+
+
+class Standing:
+    """The images of a batch that still stand, and what is known of those that fell.
+
+    An image falls when the original model misclassifies it in float32, inside the exact threat set; from then on it
+    costs nothing. Attributes named below concern those that stand, ``k`` of ``n``.
+
+    Args:
+        threat: the threat that an adversarial image must lie in.
+        search: the model.
+        images: ``(n, c, h, w)``.
+        labels: ``(n,)``.
+        drop: whether images leave once they fall; training attacks all of them to the end.
+
+    Attributes:
+        rows: ``(k,)`` positions in the batch.
+        center: ``(k, c, h, w)`` clean images.
+        labels: ``(k,)``.
+    """
+
+    def __init__(
+        self, threat: Threat, search: SearchModel, images: Tensor, labels: Tensor, *, drop: bool = True
+    ) -> None:
+        self._threat, self._search, self._drop = threat, search, drop
+        self._adversarial = images.clone()
+        self._calls = torch.zeros_like(labels)
+        self.rows = torch.arange(len(labels), device=labels.device)
+        self.center, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def reference(self, objective: Objective) -> Tensor:
+        """What the objective compares with: the labels, or the clean logits."""
+        if objective.reference == "labels":
+            return self.labels
+        self._calls[self.rows] += 1
+        with torch.no_grad():
+            return self._search.logits(self.center)
+
+    def gradient(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, objective and gradient at ``images`` ``(k, c, h, w)``, one forward and one backward pass."""
+        self._calls[self.rows] += 1
+        return self._search.gradient(images, objective, reference)
+
+    def settle(self, images: Tensor, logits: Tensor) -> Tensor | None:
+        """Let those fall that ``images`` break.
+
+        Args:
+            images: ``(k, c, h, w)``, one attempt for each that stands.
+            logits: the search copy's logits of these.
+
+        Returns:
+            None if nobody fell, else which of the ``k`` still stand, bool ``(k,)``, for the attack to sort out its
+            own tensors with ``keep``.
+        """
+        if not self._drop:
+            return None
+        return self._let_fall(images, (logits.argmax(1) != self.labels).nonzero().squeeze(1))
+
+    def conclude(self, images: Tensor) -> None:
+        """The last attempt on those that stand, ``(k, c, h, w)``: note it, and let those fall that it breaks."""
+        self._adversarial[self.rows] = images
+        if self._drop and len(self):
+            self._let_fall(images, torch.arange(len(self), device=images.device))
+
+    def _let_fall(self, images: Tensor, suspects: Tensor) -> Tensor | None:
+        """Confirm the suspects, positions among those that stand, on the original; see ``settle``."""
+        if not len(suspects):
+            return None
+        attempts = images[suspects]
+        self._calls[self.rows[suspects]] += 1
+        confirmed = self._search.broken(attempts, self.labels[suspects])
+        confirmed &= self._threat.contains(attempts, self.center[suspects])
+        fallen = suspects[confirmed]
+        if not len(fallen):
+            return None
+        self._adversarial[self.rows[fallen]] = images[fallen]
+        stands = torch.ones_like(self.labels, dtype=torch.bool)
+        stands[fallen] = False
+        self.rows, self.center, self.labels = keep(stands, self.rows, self.center, self.labels)
+        return stands
+
+    def outcome(self) -> Outcome:
+        """What to return."""
+        return Outcome(self._adversarial, self._calls)
+
+
+def keep(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rows of each tensor where ``mask`` holds."""
+    return tuple(tensor[mask] for tensor in tensors)

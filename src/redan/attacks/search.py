@@ -1,0 +1,249 @@
+"""The model as an attack sees it: a fast copy to search with, and the original to judge by.
+
+The search copy has its BatchNorm folded into the convolutions, its weights frozen, its memory laid out channels-last
+and, where the hardware multiplies bfloat16 natively, its arithmetic in bfloat16. What it finds counts only after the
+original has confirmed it in float32. The original is never touched: not its mode, buffers, gradients or
+``requires_grad``.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from redan.attacks.objectives import Objective, misclassified
+from redan.errors import UserError
+from redan.models.norms import Normalise
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Mode = Literal["eval", "train"]
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16 (CUDA since Ampere; x86 with AMX or AVX512-BF16)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Without a public question for it, torch's own private one; a build that lacks it gets float32.
+    asks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return device.type == "cpu" and any(ask() for ask in asks if ask is not None)
+
+
+class SearchModel:
+    """A model prepared for attacks; every attack takes it in place of the model.
+
+    Preparing costs about one forward pass, so prepare once where a model is attacked batch by batch, and call
+    ``refresh`` when its weights have changed.
+
+    Args:
+        model: any module from images ``(n, c, h, w)`` in [0, 1] to logits ``(n, classes)``, in any mode.
+        precision: of the search; ``auto`` is bfloat16 where the device has it natively.
+        mode: of BatchNorm and dropout during the search. ``train`` uses the statistics of the batch; the original's
+            buffers stay as they are all the same.
+        compile: compile the search copy: a minute at the start, for runs that are long enough to earn it.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, precision: Precision = "auto", mode: Mode = "eval", compile: bool = False
+    ) -> None:
+        self._original = model
+        self._judge: nn.Module | None = None
+        self._precision = precision
+        self._mode = mode
+        self._compile = compile
+        self._copy: _FoldedCopy | None = None
+        self._forward: Any = None
+
+    @property
+    def _exact(self) -> nn.Module:
+        """The original in evaluation mode; made on first use, when the model has come to its device."""
+        if self._judge is None:
+            training = any(module.training for module in self._original.modules())
+            self._judge = _twin(self._original, training=False) if training else self._original
+        return self._judge
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; the CPU for a model without parameters and buffers."""
+        return next(_tensors(self._original), torch.empty(0)).device
+
+    def refresh(self) -> None:
+        """Take over the present weights and statistics of the original."""
+        if self._copy is not None:
+            self._copy.refresh()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits of the search copy, float32 ``(n, classes)``, differentiable with respect to the images."""
+        if self._forward is None:
+            self._prepare(images)
+        images = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+        with torch.autocast(images.device.type, enabled=False):
+            logits: Tensor = self._forward(images)
+        return logits.float()
+
+    def gradient(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits ``(n, classes)``, objective ``(n,)`` and its gradient with respect to the images ``(n, c, h, w)``."""
+        with torch.enable_grad():
+            leaf = images.detach().requires_grad_()
+            logits = self.logits(leaf)
+            values = objective(logits, reference)
+            (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        return logits.detach(), values.detach(), gradient
+
+    @torch.no_grad()
+    def exact_logits(self, images: Tensor) -> Tensor:
+        """Logits of the original in float32 and evaluation mode, ``(n, classes)``."""
+        with torch.autocast(images.device.type, enabled=False):
+            logits: Tensor = self._exact(images)
+        return logits.float()
+
+    def broken(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Which images the original misclassifies in float32 and evaluation mode: bool ``(n,)``."""
+        return misclassified(self.exact_logits(images), labels)
+
+    def _prepare(self, images: Tensor) -> None:
+        """Choose the fastest copy that computes what the original computes."""
+        if self._mode == "train":
+            self._forward = _twin(self._original, training=True)
+            return
+        self._forward = self._exact
+        folded = _FoldedCopy.of(self._exact)
+        if folded is None:
+            return
+        sample = images[:8].detach()
+        with torch.no_grad():
+            exact = self.exact_logits(sample)
+            # A copy that disagrees was not traced faithfully (a model with randomness of its own, for one).
+            if not torch.allclose(folded.module(sample).float(), exact, rtol=1e-3, atol=1e-3):
+                return
+            wanted = self._precision == "bfloat16" or (self._precision == "auto" and has_fast_bfloat16(sample.device))
+            if wanted:
+                reduced = _FoldedCopy.of(self._exact, torch.bfloat16)
+                if reduced is not None and _follows(reduced.module, sample, exact):
+                    folded = reduced
+        self._copy = folded
+        self._forward = torch.compile(folded.module) if self._compile else folded.module
+
+
+def _follows(module: nn.Module, images: Tensor, exact: Tensor) -> bool:
+    """Whether a copy in bfloat16 runs at all and stays within a tenth of the logits' spread."""
+    try:
+        logits = module(images).float()
+    except RuntimeError:  # the model mixes in tensors of its own that stayed float32
+        return False
+    spread = (exact - exact.mean(1, keepdim=True)).abs().amax().clamp(min=1e-6)
+    return bool(((logits - exact).abs() <= 0.1 * spread).all())
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _twin(model: nn.Module, *, training: bool) -> nn.Module:
+    """A second module over the same parameters, in the given mode; in training mode with buffers of its own."""
+    shared = list(model.parameters()) if training else list(_tensors(model))
+    try:
+        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    except (TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{type(model).__name__} cannot be copied for the attack ({error}); put it in evaluation mode with .eval()"
+        ) from error
+    return twin.train(training)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Normalise) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _FoldedCopy:
+    """A copy of a module in evaluation mode with every BatchNorm folded, and the way to bring it up to date."""
+
+    def __init__(self, original: nn.Module, dtype: torch.dtype) -> None:
+        clone = copy.deepcopy(original).requires_grad_(False)
+        graph = _Tracer().trace(clone)
+        self.module = fx.GraphModule(clone, graph)
+        # Which layers of the original make which layer of the copy.
+        self._convolutions: list[tuple[nn.Conv2d, nn.Conv2d, nn.BatchNorm2d]] = []
+        originals = dict(original.named_modules())
+        used = [node.target for node in graph.nodes if node.op == "call_module"]
+        for node in list(graph.nodes):
+            batch_norm = originals.get(node.target) if node.op == "call_module" else None
+            if not isinstance(batch_norm, nn.BatchNorm2d) or batch_norm.running_mean is None:
+                continue
+            source = node.args[0]
+            convolution = originals.get(source.target) if source.op == "call_module" else None
+            if isinstance(convolution, nn.Conv2d) and len(source.users) == 1 and used.count(source.target) == 1:
+                folded = self.module.get_submodule(source.target)
+                assert isinstance(folded, nn.Conv2d)
+                if folded.bias is None:
+                    folded.bias = nn.Parameter(folded.weight.new_zeros(folded.out_channels), requires_grad=False)
+                self._convolutions.append((folded, convolution, batch_norm))
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+        if dtype != torch.float32:
+            self._cast_after_normalisation(graph, dtype)
+        self.module.delete_all_unused_submodules()
+        self.module.recompile()
+        self.module.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in self.module.modules():
+            if isinstance(module, (Normalise, nn.BatchNorm2d)):
+                module.float()  # constants of few numbers: precision is free
+        covered = {id(folded) for folded, _, _ in self._convolutions}
+        self._plain = [
+            (mine, theirs)
+            for name, module in self.module.named_modules()
+            if id(module) not in covered and name in originals
+            for mine, theirs in _own_tensors(module, originals[name])
+        ]
+        self.refresh()
+
+    @classmethod
+    def of(cls, original: nn.Module, dtype: torch.dtype = torch.float32) -> "_FoldedCopy | None":
+        """The folded copy, or None where the module's forward cannot be traced or copied."""
+        try:
+            return cls(original, dtype)
+        except Exception:
+            return None
+
+    def _cast_after_normalisation(self, graph: fx.Graph, dtype: torch.dtype) -> None:
+        """Pixels keep float32 until they are normalised: bfloat16 is coarser than a grey level near 1."""
+        node = next(node for node in graph.nodes if node.op == "placeholder")
+        users = list(node.users)
+        first = users[0] if len(users) == 1 and users[0].op == "call_module" else None
+        if first is not None and isinstance(self.module.get_submodule(first.target), Normalise):
+            node = first
+        with graph.inserting_after(node):
+            cast = graph.call_method("to", (node, dtype))
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Compute the folded weights anew, in float32, and copy all others."""
+        for folded, convolution, batch_norm in self._convolutions:
+            scale, shift = _scale_and_shift(batch_norm)
+            folded.weight.copy_(convolution.weight * scale[:, None, None, None])
+            assert folded.bias is not None
+            folded.bias.copy_(shift if convolution.bias is None else shift + convolution.bias * scale)
+        for mine, theirs in self._plain:
+            mine.copy_(theirs)
+
+
+def _scale_and_shift(batch_norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """BatchNorm with fixed statistics as ``x * scale + shift``."""
+    assert batch_norm.running_mean is not None and batch_norm.running_var is not None
+    scale = (batch_norm.running_var + batch_norm.eps).rsqrt()
+    if batch_norm.affine:
+        scale = scale * batch_norm.weight
+    shift = -batch_norm.running_mean * scale
+    return scale, shift + batch_norm.bias if batch_norm.affine else shift
+
+
+def _own_tensors(mine: nn.Module, theirs: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of the tensors that two like modules hold themselves, without their children's."""
+    for own in ("_parameters", "_buffers"):
+        for name, tensor in getattr(theirs, own).items():
+            if tensor is not None and name in getattr(mine, own):
+                yield getattr(mine, own)[name], tensor

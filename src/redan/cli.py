@@ -1,0 +1,283 @@
+"""The commands: thin, over the same functions that Python users call."""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from redan.errors import Stopped, UserError
+from redan.version import __version__
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    name="redan",
+    help="Train image classifiers to withstand adversarial examples, attack them, and report what can be trusted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console(highlight=False)
+
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", envvar="REDAN_DATA", help="Folder of data sets; else the user's cache.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("-o", "--override", metavar="KEY=VALUE", help="Change a key of the recipe.")
+]
+
+
+def _mannerly(command: Callable[P, R]) -> Callable[P, R]:
+    """A user's mistake ends in one line and exit code 2, a stop by the user in one line and 130; no traceback."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            _say(f"redan: {error}")
+            raise typer.Exit(2) from error
+        except Stopped as stop:
+            _say(f"redan: {stop}")
+            raise typer.Exit(130) from stop
+        except KeyboardInterrupt as stop:
+            _say("redan: stopped")
+            raise typer.Exit(130) from stop
+
+    return run
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_mannerly
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="New folder for the runs and the report.")] = Path("redan-demo"),
+    as_json: Json = False,
+) -> None:
+    """Train three methods on digits, attack them and write a report: a minute, no network."""
+    from redan.demo import demo as run_demo
+
+    results, report = run_demo(out)
+    if as_json:
+        document = {"report": str(report), "evaluations": [json.loads(result.model_dump_json()) for result in results]}
+        print(json.dumps(document))
+        return
+    _print_results(results)
+    console.print(f"Report: {report}", soft_wrap=True)
+
+
+@app.command()
+@_mannerly
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe (see redan recipes), a YAML file or a run folder.")],
+    override: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; runs/NAME if not given.")] = None,
+    data_dir: DataDir = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the run folder holds.")] = False,
+    devices: Annotated[
+        int, typer.Option("--devices", min=1, help="GPUs (or CPU processes) that share each batch.")
+    ] = 1,
+    as_json: Json = False,
+) -> None:
+    """Train what a recipe describes."""
+    from redan.recipes.schema import parse_overrides
+    from redan.training.trainer import train as run_train
+
+    run = run_train(
+        recipe, out, overrides=parse_overrides(override or []), data_dir=data_dir, resume=resume, devices=devices
+    )
+    if as_json:
+        print(json.dumps({"run": str(run), "epochs": _records(run)}))
+    else:
+        console.print(f"Trained: {run}. Next: redan evaluate {run}", soft_wrap=True)
+
+
+@app.command()
+@_mannerly
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run folder, or package.module:function that returns an nn.Module.")],
+    threat: Annotated[
+        str | None, typer.Option("--threat", help="Such as linf:8/255; the run's own if not given.")
+    ] = None,
+    attack: Annotated[
+        str | None,
+        typer.Option("--attack", help="Attacks in order, such as fgsm, pgd-20, apgd:dlr, pgd-20+apgd (default)."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", help="The first N test images; all if not given.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the attacks.")] = 0,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",
+    curve: Annotated[bool, typer.Option("--curve/--no-curve", help="Find the accuracy at other radii, too.")] = True,
+    data: Annotated[str | None, typer.Option("--data", help="Data set; the run's own if not given.")] = None,
+    data_dir: DataDir = None,
+    input_mean: Annotated[
+        str | None, typer.Option("--input-mean", help="For a network without its normalisation.")
+    ] = None,
+    input_std: Annotated[
+        str | None, typer.Option("--input-std", help="Likewise: comma-separated, one a channel.")
+    ] = None,
+    fail_under: Annotated[
+        float | None, typer.Option("--fail-under", help="Exit with 1 if the robust accuracy is below, in [0, 1].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy, clean and under attack, on test images."""
+    from redan.evaluation.evaluate import evaluate as run_evaluate
+    from redan.evaluation.protocol import DEFAULT
+
+    result = run_evaluate(
+        run,
+        threat=threat,
+        attack=attack or DEFAULT,
+        samples=samples,
+        seed=seed,
+        checkpoint=_checkpoint(checkpoint),
+        curve=curve,
+        data=data,
+        data_dir=data_dir,
+        input_mean=_numbers(input_mean),
+        input_std=_numbers(input_std),
+    )
+    if as_json:
+        print(result.model_dump_json())
+    else:
+        _print_results([result])
+    if fail_under is not None and result.robust_accuracy < fail_under:
+        _say(f"redan: robust accuracy {result.robust_accuracy:.4f} is below {fail_under}")
+        raise typer.Exit(1)
+
+
+@app.command()
+@_mannerly
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML page about runs."""
+    from redan.report import write_report
+
+    path = write_report(runs, out)
+    print(json.dumps({"report": str(path)})) if as_json else console.print(f"Report: {path}", soft_wrap=True)
+
+
+@app.command()
+@_mannerly
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this recipe, resolved; list all if not given.")] = None,
+    override: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """List the shipped recipes, or show one with every key it resolves to."""
+    from redan.recipes.schema import load_recipe, parse_overrides, shipped_recipes
+
+    if name is not None:
+        content = load_recipe(name, parse_overrides(override or [])).resolved()
+        print(
+            json.dumps(content) if as_json else yaml.safe_dump(content, sort_keys=False, allow_unicode=True),
+            end="\n" if as_json else "",
+        )
+        return
+    descriptions = {known: load_recipe(known).description for known in shipped_recipes()}
+    if as_json:
+        print(json.dumps(descriptions))
+        return
+    _print_table(("recipe", "what it does"), [[known, text] for known, text in descriptions.items()])
+
+
+@app.command()
+@_mannerly
+def data(
+    name: Annotated[str | None, typer.Argument(help="Load this data set, downloading it if need be.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """List the data sets and where they are, or fetch and check one."""
+    from redan.data.registry import DATASETS, load_dataset, locate
+
+    if name is not None:
+        loaded = load_dataset(name, data_dir)
+        facts = {
+            "name": name,
+            "training_images": len(loaded.train),
+            "test_images": len(loaded.test),
+            "shape": list(loaded.train.images.shape[1:]),
+            "classes": list(loaded.class_names),
+        }
+        if as_json:
+            print(json.dumps(facts))
+        else:
+            _print_table(("", name), [[key.replace("_", " "), _listed(value)] for key, value in facts.items()][1:])
+        return
+    places = {known: locate(known, data_dir) for known in DATASETS}
+    if as_json:
+        print(json.dumps({known: str(place) if place else None for known, place in places.items()}))
+        return
+    rows = [
+        [known, info.description, str(places[known] or "not here; fetched when needed")]
+        for known, info in DATASETS.items()
+    ]
+    _print_table(("data set", "what it is", "where"), rows)
+    console.print("Any folder of images, one sub-folder a class: folder:PATH or folder:PATH@SIZE")
+
+
+def _checkpoint(text: str) -> Any:
+    if text not in ("best", "last"):
+        raise UserError(f"--checkpoint is best or last, got {text!r}")
+    return text
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    from redan.threats import parse_number
+
+    return None if text is None else [parse_number(part) for part in text.split(",")]
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _print_results(results: list[Any]) -> None:
+    rows = []
+    for result in results:
+        steps = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result.attacks.items())
+        rows.append([result.run, result.threat, str(result.samples), str(result.clean), str(result.robust), steps])
+    _print_table(("run", "threat", "images", "clean [95 %]", "robust [95 %]", "after each attack"), rows)
+
+
+def _print_table(header: tuple[str, ...], rows: list[list[str]]) -> None:
+    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

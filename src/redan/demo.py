@@ -1,0 +1,32 @@
+"""The demonstration: three methods on scikit-learn's digits, attacked and reported."""
+
+from pathlib import Path
+
+from redan.errors import UserError
+from redan.evaluation.evaluate import evaluate
+from redan.evaluation.results import Evaluation
+from redan.report import write_report
+from redan.training.trainer import train
+
+RECIPES = ("standard-digits", "pgd-at-digits", "trades-digits")
+
+
+def demo(out: str | Path = "redan-demo", *, progress: bool = True) -> tuple[list[Evaluation], Path]:
+    """Train, attack and report on digits; needs no network and about a minute.
+
+    Args:
+        out: an empty or new folder; runs and ``report.html`` go there.
+        progress: show it on standard error.
+
+    Returns:
+        One evaluation a method, and the report's path.
+
+    Raises:
+        UserError: where the folder is not empty.
+    """
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not an empty folder; choose another --out")
+    runs = [train(name, folder / name, progress=progress) for name in RECIPES]
+    results = [evaluate(run, progress=progress) for run in runs]
+    return results, write_report(runs, folder / "report.html")

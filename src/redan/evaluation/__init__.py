@@ -1,0 +1,1 @@
+"""Robustness measured: clean accuracy, accuracy under attack, one row an image."""

@@ -1,0 +1,119 @@
+"""Results: one row an image; every figure and table is made from rows.
+
+An evaluation is kept in a run's ``results/`` folder as ``<name>.json`` (this file's ``Evaluation``) beside
+``<name>.safetensors``, which holds the pictures of its gallery.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from scipy.stats import binomtest
+
+from redan.errors import UserError
+from redan.files import write_atomically
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Accuracy(Frozen):
+    """A share of images with its exact 95 % interval (Clopper & Pearson 1934)."""
+
+    correct: int
+    samples: int
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, correct: int, samples: int) -> "Accuracy":
+        """Args: correct in [0, samples]; samples at least 1."""
+        interval = binomtest(correct, samples).proportion_ci(confidence_level=0.95, method="exact")
+        return cls(
+            correct=correct,
+            samples=samples,
+            value=correct / samples,
+            low=float(interval.low),
+            high=float(interval.high),
+        )
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.2f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+class Row(Frozen):
+    """What became of one image.
+
+    ``verdict`` is ``misclassified`` (wrong without any attack), ``falsified`` (a confirmed adversarial example
+    exists; ``by`` names the attack that found it) or ``unknown`` (it stood against every attack).
+    """
+
+    index: int
+    label: int
+    prediction: int
+    confidence: float
+    verdict: Literal["misclassified", "falsified", "unknown"]
+    by: str | None = None
+    adversarial_prediction: int | None = None
+    adversarial_confidence: float | None = None
+    distance: float | None = None
+    model_calls: int
+
+
+class CurvePoint(Frozen):
+    """Accuracy under attack when the threat's radius is ``radius``."""
+
+    radius: float
+    accuracy: Accuracy
+
+
+class GalleryEntry(Frozen):
+    """One picture of the gallery; tensor row ``i`` of the safetensors file belongs to entry ``i``."""
+
+    index: int
+    label: int
+    prediction: int
+    confidence: float
+    adversarial_prediction: int
+    adversarial_confidence: float
+
+
+class Evaluation(Frozen):
+    """The result of ``redan evaluate``: who stood, who fell, to what, and at which price."""
+
+    redan_version: str
+    run: str
+    checkpoint: str
+    dataset: str
+    class_names: tuple[str, ...]
+    threat: str
+    attack: str
+    seed: int
+    device: str
+    samples: int
+    clean: Accuracy
+    robust: Accuracy
+    clean_accuracy: float
+    robust_accuracy: float
+    certified_accuracy: float | None = None
+    attacks: dict[str, float]
+    seconds: float
+    model_calls: int
+    curve: tuple[CurvePoint, ...] = ()
+    gallery: tuple[GalleryEntry, ...] = ()
+    per_image: tuple[Row, ...]
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file whole or not at all."""
+        write_atomically(path, self.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
+        """Raises: UserError where the file is not an evaluation of redan's."""
+        try:
+            return cls.model_validate_json(Path(path).read_text())
+        except (OSError, ValidationError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not an evaluation of redan's: {str(error).splitlines()[0]}") from error

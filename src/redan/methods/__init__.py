@@ -1,0 +1,1 @@
+"""Ways to train, each a file that reads like its paper."""

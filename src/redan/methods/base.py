@@ -1,0 +1,266 @@
+"""What a method is: the thing that owns what is trained, and says how."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Generator, Tensor, nn
+
+from redan.attacks.base import Attack
+from redan.attacks.objectives import Objective, cross_entropy
+from redan.attacks.pgd import Start
+from redan.attacks.search import Mode, Precision, SearchModel
+from redan.data.types import Batch
+from redan.methods.targets import Targets
+
+
+class Config(BaseModel):
+    """A frozen piece of a recipe; a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OptimizerConfig(Config):
+    """The optimiser of a phase."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(5e-4, ge=0)
+
+
+class ScheduleConfig(Config):
+    """The learning rate over a phase, as a factor of the optimiser's ``lr``.
+
+    ``multistep``: times ``factor`` at each of ``milestones``. ``cosine``: falls to 0 at the end. ``cyclic``: rises
+    linearly to epoch ``peak``, falls linearly to 0 at the end. All may start with ``warmup`` epochs of linear rise.
+    Epochs count from 0: milestone 75 is after 75 epochs.
+    """
+
+    name: Literal["constant", "multistep", "cosine", "cyclic"] = "constant"
+    milestones: tuple[float, ...] = ()
+    factor: float = Field(0.1, gt=0, le=1)
+    peak: float = Field(0.0, ge=0)
+    warmup: float = Field(0.0, ge=0)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with an optimiser and a schedule of its own.
+
+    Args:
+        name: for logs.
+        epochs: its length.
+        optimizer: built anew when the phase begins.
+        schedule: of the learning rate.
+    """
+
+    name: str
+    epochs: int
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+
+
+@dataclass
+class StepOutput:
+    """What one training step gives.
+
+    Attributes:
+        loss: scalar, to be minimised.
+        clean_logits: ``(n, classes)`` of the clean images, where the method computed them.
+        adversarial_logits: likewise of the adversarial ones.
+        scalars: further numbers worth logging.
+    """
+
+    loss: Tensor
+    clean_logits: Tensor | None = None
+    adversarial_logits: Tensor | None = None
+    scalars: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """The attacker that a method trains against.
+
+    Args:
+        attack: called with the present network on every batch.
+        mode: of BatchNorm during the attack; evaluation mode is better (Pang et al., ICLR 2021) and faster.
+        precision: of the search.
+        compile: whether the search copy is compiled.
+    """
+
+    attack: Attack
+    mode: Mode = "eval"
+    precision: Precision = "auto"
+    compile: bool = False
+
+    def search_settings(self) -> dict[str, Any]:
+        """The arguments of the ``SearchModel``."""
+        return {"mode": self.mode, "precision": self.precision, "compile": self.compile}
+
+
+class Method(nn.Module, ABC):
+    """One way to train.
+
+    ``forward(batch)`` gives the loss; it is ``loss(batch, perturb(batch))``, in two parts so that a wrapper can come
+    between them. Distributed training wraps the method as one module.
+
+    Attributes:
+        epoch: how many epochs are done, with their fraction; set before each step.
+        draws: the randomness of the step, likewise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = 0.0
+        self.draws: Generator | None = None
+
+    @abstractmethod
+    def perturb(self, batch: Batch) -> Tensor:
+        """The training examples ``(n, c, h, w)`` that the adversary makes of a batch."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, adversarial: Tensor) -> StepOutput:
+        """The loss on a batch and its adversarial images ``(n, c, h, w)``."""
+
+    @abstractmethod
+    def clean_logits(self, images: Tensor) -> Tensor:
+        """Logits ``(n, classes)`` of clean images in evaluation mode, without a gradient, for the log."""
+
+    @abstractmethod
+    def deployed(self) -> nn.Module:
+        """The plain network to ship: images to logits."""
+
+    @property
+    @abstractmethod
+    def selects_by(self) -> Literal["clean", "robust"]:
+        """Which accuracy on the held-out images makes a checkpoint the best."""
+
+    def forward(self, batch: Batch, adversarial: Tensor | None = None) -> StepOutput:
+        """The loss on a batch, attacked here unless its adversarial images are given."""
+        return self.loss(batch, self.perturb(batch) if adversarial is None else adversarial)
+
+    def phases(self, planned: Phase) -> list[Phase]:
+        """The phases of training, made from the recipe's plan; most methods have the plan itself as their only one."""
+        return [planned]
+
+    def enter(self, phase: Phase) -> None:
+        """Called when a phase begins or is resumed, before its optimiser is built: the place to freeze weights."""
+
+    def before_step(self, epoch: float, draws: Generator) -> None:
+        """Told before each step: where training is, and the randomness to use."""
+        self.epoch, self.draws = epoch, draws
+
+    def after_step(self) -> None:
+        """Called after each step of the optimiser."""
+
+    def after_epoch(self, batches: Callable[[], Iterable[Batch]]) -> None:
+        """Called after each epoch, before validation, with a way to see training data again."""
+
+
+class NetworkMethod(Method):
+    """A method that trains one network, against one adversary or none.
+
+    Args:
+        network: images to logits.
+        adversary: the attacker; None makes the adversarial images the clean ones.
+        targets: what the labels become in the loss.
+
+    Attributes:
+        attacks: whether this method trains against an adversary.
+        attack_objective: what this method's training attack maximises.
+        attack_start: where it starts, see ``PGD``.
+    """
+
+    attacks: ClassVar[bool] = True
+    attack_objective: ClassVar[Objective] = cross_entropy
+    attack_start: ClassVar[Start] = "random"
+
+    def __init__(self, network: nn.Module, *, adversary: Adversary | None, targets: Targets) -> None:
+        super().__init__()
+        self.network = network
+        self.adversary = adversary
+        self.targets = targets
+        settings = {} if adversary is None else adversary.search_settings()
+        # In a tuple, so that the attacker's view does not become a submodule of what it attacks.
+        self._search = (SearchModel(network, **settings),)
+
+    @property
+    def search(self) -> SearchModel:
+        """The attacker's view of the network."""
+        return self._search[0]
+
+    def perturb(self, batch: Batch) -> Tensor:
+        """See ``Method.perturb``; without an adversary the images themselves."""
+        if self.adversary is None:
+            return batch.images
+        self.search.refresh()
+        return self.adversary.attack.run(self.search, batch.images, batch.labels, self.draws).images
+
+    @torch.no_grad()
+    def clean_logits(self, images: Tensor) -> Tensor:
+        """See ``Method.clean_logits``."""
+        return self.search.logits(images)
+
+    def deployed(self) -> nn.Module:
+        """The network itself."""
+        return self.network
+
+    @property
+    def selects_by(self) -> Literal["clean", "robust"]:
+        """See ``Method.selects_by``; without an adversary, no weights are robust and the noise would choose."""
+        return "clean" if self.adversary is None else "robust"
+
+
+class Wrapper(Method):
+    """A method around a method: everything is the inner one's that a subclass does not change."""
+
+    def __init__(self, inner: Method) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def perturb(self, batch: Batch) -> Tensor:
+        """The inner method's."""
+        return self.inner.perturb(batch)
+
+    def loss(self, batch: Batch, adversarial: Tensor) -> StepOutput:
+        """The inner method's."""
+        return self.inner.loss(batch, adversarial)
+
+    def clean_logits(self, images: Tensor) -> Tensor:
+        """The inner method's."""
+        return self.inner.clean_logits(images)
+
+    def deployed(self) -> nn.Module:
+        """The inner method's."""
+        return self.inner.deployed()
+
+    @property
+    def selects_by(self) -> Literal["clean", "robust"]:
+        """The inner method's."""
+        return self.inner.selects_by
+
+    def phases(self, planned: Phase) -> list[Phase]:
+        """The inner method's."""
+        return self.inner.phases(planned)
+
+    def enter(self, phase: Phase) -> None:
+        """Tell the inner method."""
+        self.inner.enter(phase)
+
+    def before_step(self, epoch: float, draws: Generator) -> None:
+        """Tell the inner method."""
+        super().before_step(epoch, draws)
+        self.inner.before_step(epoch, draws)
+
+    def after_step(self) -> None:
+        """Tell the inner method."""
+        self.inner.after_step()
+
+    def after_epoch(self, batches: Callable[[], Iterable[Batch]]) -> None:
+        """Tell the inner method."""
+        self.inner.after_epoch(batches)

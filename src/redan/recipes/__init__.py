@@ -1,0 +1,1 @@
+"""Recipes: one YAML file for everything that a run needs."""

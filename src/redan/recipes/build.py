@@ -1,0 +1,77 @@
+"""From a recipe to the objects it names."""
+
+import torch
+from torch import Tensor
+
+from redan.attacks.pgd import PGD
+from redan.data.pipeline import balanced_subset, split_validation
+from redan.data.types import Dataset, Facts, ImageSet
+from redan.errors import UserError
+from redan.methods.base import Adversary, Method
+from redan.methods.registry import METHODS, build_method
+from redan.methods.targets import LabelSmoothing
+from redan.methods.weight_averaging import WeightAveraging
+from redan.methods.weight_perturbation import WeightPerturbation
+from redan.models.norms import Normalise
+from redan.models.registry import build_model
+from redan.recipes.schema import Recipe
+from redan.seeds import derive_seed
+
+
+def split(recipe: Recipe, dataset: Dataset) -> tuple[ImageSet, ImageSet]:
+    """The training and the held-out validation images that a recipe chooses, by its seed."""
+    config, labels = recipe.data, dataset.train.labels
+    seed = derive_seed(recipe.seed, "split")
+    allowed = dataset.exact
+    chosen: Tensor
+    if config.validation_samples:
+        chosen, held_out = split_validation(labels, config.validation_samples, seed, allowed)
+    else:
+        chosen, held_out = torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
+    if config.train_samples is not None:
+        permitted = None if allowed is None else allowed[chosen]
+        chosen = chosen[balanced_subset(labels[chosen], config.train_samples, seed, permitted)]
+    return dataset.train.subset(chosen), dataset.train.subset(held_out)
+
+
+def image_size(recipe: Recipe, facts: Facts) -> int:
+    """Side of the images that the network sees: the crop's, or the data set's."""
+    size = recipe.data.crop or facts.size
+    if size > facts.size + 2 * recipe.data.padding:
+        raise UserError(f"data.crop: {size} does not fit images of {facts.size} with padding {recipe.data.padding}")
+    return size
+
+
+def build(recipe: Recipe, facts: Facts, *, compile: bool = False) -> Method:
+    """The method of a recipe around a fresh network, initialised by the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, "weights"))
+        network = build_model(
+            recipe.model.name,
+            Normalise(facts.mean, facts.std),
+            in_channels=facts.channels,
+            size=image_size(recipe, facts),
+            classes=facts.classes,
+            **recipe.model.options,
+        )
+    family, config = METHODS[recipe.method.name], recipe.attack
+    adversary = None
+    if family.attacks:
+        attack = PGD(
+            recipe.parsed_threat(),
+            steps=config.steps,
+            step_size=config.step_size,
+            objective=family.attack_objective,
+            start=config.start or family.attack_start,
+            drop_broken=False,
+        )
+        adversary = Adversary(attack, config.mode, config.precision, compile)
+    targets = LabelSmoothing(recipe.label_smoothing)
+    method: Method = build_method(
+        recipe.method.name, network, adversary=adversary, targets=targets, **recipe.method.options
+    )
+    if recipe.weight_perturbation is not None:
+        method = WeightPerturbation(method, recipe.weight_perturbation)
+    if recipe.weight_averaging is not None:
+        method = WeightAveraging(method, recipe.weight_averaging)
+    return method

@@ -1,0 +1,208 @@
+"""The recipe: everything that a run needs, in one validated file."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from redan.attacks.pgd import Start
+from redan.attacks.search import Mode, Precision
+from redan.errors import UserError, unknown
+from redan.files import write_atomically
+from redan.methods.base import Config, OptimizerConfig, ScheduleConfig
+from redan.methods.registry import method_options
+from redan.methods.weight_averaging import WeightAveragingConfig
+from redan.methods.weight_perturbation import WeightPerturbationConfig
+from redan.models.registry import model_options
+from redan.threats import Threat, parse_number, parse_threat
+
+Number = Annotated[float, BeforeValidator(parse_number)]
+
+
+class DataConfig(Config):
+    """Which images: ``train_samples`` takes a class-balanced choice, ``validation_samples`` are held out before it."""
+
+    name: str
+    train_samples: int | None = Field(None, ge=1)
+    validation_samples: int = Field(1000, ge=0)
+    crop: int | None = Field(None, ge=1)
+    padding: int = Field(0, ge=0)
+    flip: bool = False
+
+
+class NamedOptions(Config):
+    """A name and the options of what it names."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        """Options stand beside the name in the file: ``{name: resnet18, width: 16}``."""
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "options" not in value:
+            return {"name": value.get("name"), "options": {k: v for k, v in value.items() if k != "name"}}
+        return value
+
+
+class AttackConfig(Config):
+    """The attack inside training; ``start: null`` is the method's own."""
+
+    steps: int = Field(10, ge=1)
+    step_size: Number = Field(2 / 255, gt=0)
+    start: Start | None = None
+    mode: Mode = "eval"
+    precision: Precision = "auto"
+
+
+class ValidationConfig(Config):
+    """PGD on the held-out images every ``every`` epochs; the best checkpoint is the most robust one there."""
+
+    steps: int = Field(10, ge=1)
+    every: int = Field(1, ge=1)
+
+
+class Recipe(Config):
+    """Everything that a run needs."""
+
+    name: str
+    description: str = ""
+    data: DataConfig
+    model: NamedOptions
+    threat: str
+    method: NamedOptions
+    attack: AttackConfig = AttackConfig()
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    weight_perturbation: WeightPerturbationConfig | None = None
+    weight_averaging: WeightAveragingConfig | None = None
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(128, ge=1)
+    gradient_clip: float | None = Field(None, gt=0)
+    precision: Precision = "auto"
+    validation: ValidationConfig = ValidationConfig()
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "Recipe":
+        parse_threat(self.threat)
+        for kind, named, known in (
+            ("model", self.model, model_options(self.model.name)),
+            ("method", self.method, method_options(self.method.name)),
+        ):
+            for option in named.options:
+                if option not in known:
+                    raise unknown(f"option of {kind} {named.name}", option, known)
+        return self
+
+    def parsed_threat(self) -> Threat:
+        """The threat as an object."""
+        return parse_threat(self.threat)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain data that reads back to the same recipe."""
+        content = self.model_dump(mode="json")
+        for key in ("model", "method"):
+            content[key] = {"name": content[key]["name"], **content[key]["options"]}
+        return content
+
+    def save(self, path: Path) -> None:
+        """Write the resolved recipe as YAML."""
+        write_atomically(path, yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True).encode())
+
+
+SHIPPED = Path(__file__).parent
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with redan, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def load_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        recipe: the name of a shipped recipe, a YAML file or a run folder.
+        overrides: values by dotted key, such as ``{"optimizer.lr": 0.05}``.
+
+    Raises:
+        UserError: for a recipe that does not exist or does not hold.
+    """
+    path = Path(recipe)
+    if path.is_dir():
+        path = path / "recipe.yaml"
+    if path.suffix not in (".yaml", ".yml"):
+        shipped = shipped_recipes()
+        if str(recipe) not in shipped:
+            raise unknown("recipe", str(recipe), shipped)
+        path = shipped[str(recipe)]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise UserError(f"cannot read the recipe {path}: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"the recipe {path} is not a mapping of keys to values")
+    for key, value in (overrides or {}).items():
+        _override(content, key.split("."), value, key)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"recipe {path.stem}: {_explain(error)}") from error
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    """``["epochs=5", "optimizer.lr=0.1"]`` as a mapping; values are read as YAML.
+
+    Raises:
+        UserError: where one is not ``KEY=VALUE``.
+    """
+    overrides = {}
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator or not key:
+            raise UserError(f"an override is written KEY=VALUE, such as optimizer.lr=0.05, got {assignment!r}")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value of override {assignment!r} is not valid YAML") from error
+    return overrides
+
+
+def _override(content: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:
+    for key in keys[:-1]:
+        if content.get(key) is None:
+            content[key] = {}
+        content = content[key]
+        if not isinstance(content, dict):
+            raise UserError(f"override {whole!r}: {key} has no keys below it")
+    content[keys[-1]] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first fault in one line, with the nearest right key for a misspelt one."""
+    fault = error.errors()[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _keys_at(fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"no key {where!r}{hint} (there are: {', '.join(known)})"
+    if fault["type"] == "missing":
+        return f"the key {where!r} is missing"
+    return f"{where}: {fault['msg']}, got {fault['input']!r}"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, Config))
+    return sorted(model.model_fields)

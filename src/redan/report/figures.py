@@ -1,0 +1,152 @@
+"""A report's pictures: curves as inline SVG that takes the page's text colour, images as PNG data URIs."""
+
+import base64
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from redan.evaluation.results import CurvePoint
+
+# Okabe & Ito (2008): told apart by colour-blind readers, and visible on white and on near-black alike.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}
+
+# Stands for the page's text colour, which only the browser knows.
+_INK = "#010203"
+
+
+def line_style(position: int) -> tuple[str, str]:
+    """Colour and marker (a key of MARKERS) of the line at ``position``; they repeat after thirty lines."""
+    return COLOURS[position % len(COLOURS)], list(MARKERS)[position % len(MARKERS)]
+
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), _INK
+    ),
+}
+
+
+def _svg(alt: str, draw: Callable[[Axes], None]) -> Markup:
+    """A figure with one pair of axes as an SVG element; the same drawing gives the same bytes."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's own matplotlibrc must not change the report
+        # Salted by its text, a figure's ids are its own: on one page with others it borrows nobody's clip path.
+        matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": ascii(alt)})
+        figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+        draw(figure.subplots())
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True)
+    drawing = re.sub(r"<metadata>.*</metadata>", "", file.getvalue(), flags=re.DOTALL)  # holds the time of drawing
+    drawing = re.sub(r'<g id="[\w.]+"', "<g", drawing)  # names such as axes_1, which every figure would repeat
+    body = drawing.partition("<svg")[2].replace(_INK, "currentColor")
+    return Markup(f'<svg role="img" aria-label="{escape(alt)}"{body}')
+
+
+def radius_figure(alt: str, norm: str, lines: Sequence[Sequence[CurvePoint]]) -> Markup:
+    """Accuracy against the threat's radius, each point with its interval; linf radii in units of 1/255."""
+    unit = 255 if norm == "linf" else 1
+
+    def draw(axes: Axes) -> None:
+        for position, points in enumerate(lines):
+            colour, marker = line_style(position)
+            radii = [unit * point.radius for point in points]
+            axes.plot(radii, [100 * point.accuracy.value for point in points], color=colour, marker=marker)
+            low = [100 * point.accuracy.low for point in points]
+            high = [100 * point.accuracy.high for point in points]
+            axes.vlines(radii, low, high, color=colour, linewidth=1)
+        if unit == 255:
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 4, 8, 10]))
+        axes.set(xlabel="radius, in 1/255" if unit == 255 else "radius", ylabel="accuracy, %", ylim=(-2, 102))
+
+    return _svg(alt, draw)
+
+
+def training_figures(name: str, metrics: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """Loss, clean accuracy and robust accuracy by epoch, one figure each; what was never measured is left out.
+
+    Training and validation share their axes: the gap between them is how robust overfitting shows (Rice et al. 2020).
+    A dotted line marks the start of a new phase.
+    """
+    starts = [now for now in range(1, len(metrics)) if metrics[now].get("phase") != metrics[now - 1].get("phase")]
+    figures = []
+    for title, scale, columns in (
+        ("Loss", 1, {"training": "loss"}),
+        ("Clean accuracy, %", 100, {"training": "clean_accuracy", "validation": "validation_clean_accuracy"}),
+        ("Robust accuracy, %", 100, {"training": "robust_accuracy", "validation": "validation_robust_accuracy"}),
+    ):
+        series = {label: scale * _column(metrics, key) for label, key in columns.items()}
+        measured = {label: values for label, values in series.items() if np.isfinite(values).any()}
+        if measured:
+            ends = (f"{label} {values[np.isfinite(values)][-1]:.4g}" for label, values in measured.items())
+            alt = f"{name} over {len(metrics)} epochs. {title}, at the end: {', '.join(ends)}"
+            figures.append(_svg(alt, partial(_draw_training, title, measured, starts)))
+    return figures
+
+
+def _draw_training(
+    title: str, series: Mapping[str, npt.NDArray[np.float64]], starts: Sequence[int], axes: Axes
+) -> None:
+    for position, (label, values) in enumerate(series.items()):
+        colour, marker = line_style(position)
+        (shown,) = np.nonzero(np.isfinite(values))  # validation may skip epochs: its line joins those that it has
+        axes.plot(1 + shown, values[shown], color=colour, marker=marker, markersize=3, label=label)
+    for start in starts:
+        axes.axvline(start + 0.5, color=_INK, linestyle=":", linewidth=1)
+    axes.set(title=title, xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    if len(series) > 1:
+        axes.legend()
+
+
+def _column(metrics: Sequence[Mapping[str, Any]], key: str) -> npt.NDArray[np.float64]:
+    """One number an epoch, ``nan`` where the epoch has none."""
+    values = (epoch.get(key) for epoch in metrics)
+    return np.array([value if isinstance(value, int | float) else math.nan for value in values], dtype=np.float64)
+
+
+def magnified(image: npt.NDArray[Any], adversarial: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], float]:
+    """The difference of two images as a picture: grey where they agree, black or white where they differ most.
+
+    Args:
+        image: ``(c, h, w)`` in [0, 1].
+        adversarial: likewise.
+
+    Returns:
+        The picture, ``(c, h, w)`` in [0, 1], and its magnification: how many times larger the picture's distance from
+        mid-grey is than the difference (1 where the images are equal).
+    """
+    difference = adversarial.astype(np.float64) - image.astype(np.float64)
+    peak = float(np.abs(difference).max())
+    magnification = 1 / (2 * peak) if peak > 0 else 1.0
+    return 0.5 + magnification * difference, magnification
+
+
+def png(image: npt.NDArray[Any]) -> str:
+    """A data URI of ``image``, ``(1 or 3, h, w)`` in [0, 1], rounded to the nearest of 256 levels."""
+    levels = np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

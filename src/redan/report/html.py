@@ -1,0 +1,152 @@
+"""The report: run folders in, one self-contained HTML page out."""
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from redan.errors import UserError
+from redan.evaluation.results import Accuracy, Evaluation
+from redan.files import write_atomically
+from redan.report.figures import MARKERS, line_style, magnified, png, radius_figure, training_figures
+from redan.report.runs import Result, Run, read_run
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """One line of a gallery: what was seen, and what the model made of it."""
+
+    index: int
+    truth: str
+    sources: tuple[str, str, str]
+    before: str
+    after: str
+    magnification: float
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """One figure of accuracy against radius, and its legend: (colour, marker, label) a line."""
+
+    title: str
+    figure: Markup
+    legend: list[tuple[str, str, str]]
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Write one HTML page about ``runs`` to ``out``, whole or not at all.
+
+    The page needs nothing but itself: styles, curves and pictures are inside, and it asks no server for anything.
+    The same folders give the same bytes.
+
+    Args:
+        runs: run folders, in the order in which the page shows them.
+        out: the HTML file; its folder is made where it does not exist.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: where a folder is not a run, a file in it is damaged, or ``out`` cannot be written.
+    """
+    if not runs:
+        raise UserError("a report needs at least one run folder")
+    read = {name: read_run(folder) for name, folder in zip(_names(runs), runs, strict=True)}
+    evaluated = {f"{name}, {result.name}": result for name, run in read.items() for result in run.results}
+    environment = Environment(
+        loader=PackageLoader("redan.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    page = environment.get_template("template.html.j2").render(
+        runs=read,
+        evaluated=evaluated,
+        date=max(run.date for run in read.values()),
+        curves=_curves(read),
+        galleries={title: _gallery(result) for title, result in evaluated.items() if len(result.images)},
+        share=_share,
+        training_figures=training_figures,
+        train=lambda run: shlex.join(["redan", "train", run.part("name")]),
+        evaluate=_evaluate,
+    )
+    # A folder's name may hold bytes that are no text: they show as question marks.
+    write_atomically(out, page.encode("utf-8", errors="replace"))
+    return out
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """What each run is called: its folder's name, or the whole path where two share that name."""
+    names = [folder.resolve().name for folder in folders]
+    counts = Counter(names)
+    return [name if counts[name] == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+
+
+def _evaluate(run: Run, evaluation: Evaluation | None = None) -> str:
+    """The command line that evaluates ``run``, as ``evaluation`` was made where one is given."""
+    options: dict[str, object] = {}
+    if evaluation is not None:
+        options = {"--threat": evaluation.threat, "--attack": evaluation.attack}
+        options |= {"--samples": evaluation.samples, "--seed": evaluation.seed}
+    words = [str(word) for option in options.items() for word in option]
+    return shlex.join(["redan", "evaluate", str(run.folder), *words])
+
+
+def _share(value: float, samples: int) -> Accuracy:
+    """A share that the results keep as one number, with its interval."""
+    return Accuracy.of(round(value * samples), samples)
+
+
+def _curves(runs: dict[str, Run]) -> list[_Curves]:
+    """One figure for each data set and norm that has curves."""
+    groups: dict[tuple[str, str], list[tuple[str, Result]]] = {}
+    for name, run in runs.items():
+        for result in run.results:
+            if result.evaluation.curve:
+                norm = result.evaluation.threat.partition(":")[0]
+                groups.setdefault((result.evaluation.dataset, norm), []).append((name, result))
+    figures = []
+    for (dataset, norm), members in groups.items():
+        lines = Counter(name for name, _ in members)
+        labels = [name if lines[name] == 1 else f"{name}, {result.name}" for name, result in members]
+        curves = [result.evaluation.curve for _, result in members]
+        ends = [
+            f"{label} {100 * curve[0].accuracy.value:.1f} % at {curve[0].radius:.3g}, "
+            f"{100 * curve[-1].accuracy.value:.1f} % at {curve[-1].radius:.3g}"
+            for label, curve in zip(labels, curves, strict=True)
+        ]
+        title = f"{dataset}, {norm}"
+        figure = radius_figure(f"Accuracy against radius on {title}: {'; '.join(ends)}", norm, curves)
+        styles = [line_style(position) for position in range(len(members))]
+        legend = [(colour, MARKERS[marker], label) for (colour, marker), label in zip(styles, labels, strict=True)]
+        figures.append(_Curves(title, figure, legend))
+    return figures
+
+
+def _gallery(result: Result) -> list[_Picture]:
+    """The pictures of one evaluation."""
+    names = result.evaluation.class_names
+
+    def said(label: int, confidence: float) -> str:
+        return f"{names[label]} {100 * confidence:.1f} %"
+
+    pictures = []
+    for entry, image, adversarial in zip(result.evaluation.gallery, result.images, result.adversarials, strict=True):
+        difference, magnification = magnified(image, adversarial)
+        pictures.append(
+            _Picture(
+                index=entry.index,
+                truth=names[entry.label],
+                sources=(png(image), png(adversarial), png(difference)),
+                before=said(entry.prediction, entry.confidence),
+                after=said(entry.adversarial_prediction, entry.adversarial_confidence),
+                magnification=magnification,
+            )
+        )
+    return pictures

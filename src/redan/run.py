@@ -1,0 +1,54 @@
+"""A run folder seen from outside: what was trained, and its network."""
+
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from redan.data.types import Facts
+from redan.errors import UserError
+from redan.recipes.build import build
+from redan.recipes.schema import Recipe, load_recipe
+from redan.tensors import load_tensors
+
+Checkpoint = Literal["best", "last"]
+
+WEIGHTS = {"best": "model.safetensors", "last": "model-last.safetensors"}
+
+
+def read_run(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Recipe, Facts, nn.Module]:
+    """The recipe of a run, the facts of its images, and its deployed network in evaluation mode.
+
+    Raises:
+        UserError: where the folder is not a run, has no weights yet, or they are damaged.
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}")
+    if not (folder / "recipe.yaml").exists():
+        raise UserError(f"{folder} is not a run folder: it has no recipe.yaml")
+    path = folder / WEIGHTS[checkpoint]
+    if not path.exists():
+        raise UserError(f"{folder} has no weights yet ({path.name} is written after the first epoch)")
+    recipe = load_recipe(folder)
+    tensors, metadata = load_tensors(path)
+    try:
+        facts = Facts.from_json(metadata["facts"])
+        network = build(recipe, facts).deployed()
+        network.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit its recipe: {str(error).splitlines()[-1].strip()}") from error
+    return recipe, facts, network.eval()
+
+
+def load(run: str | Path, checkpoint: Checkpoint = "best") -> nn.Module:
+    """The network that a run trained: images ``(n, c, h, w)`` in [0, 1] to logits ``(n, classes)``.
+
+    Args:
+        run: the run folder.
+        checkpoint: ``best`` by accuracy on the held-out images, or ``last``.
+
+    Raises:
+        UserError: where the folder is not a run, has no weights yet, or they are damaged.
+    """
+    return read_run(run, checkpoint)[2]

@@ -1,0 +1,245 @@
+"""What the attacker may do: a ball of some norm around each image, cut with the box [0, 1] of valid pixels.
+
+The radius is in units of pixels in [0, 1]; its text form is ``linf:8/255``, ``l2:0.5`` or ``l1:12``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from redan.errors import UserError, unknown
+
+# Half the spacing of float32 numbers below 1, twice: adding a perturbation to a pixel rounds by no more than this.
+ROUNDING = 2.0**-24
+
+# Share of the pixels that one steepest step in L1 moves (sparse steps: Tramèr & Boneh, NeurIPS 2019).
+L1_STEP_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Threat(ABC):
+    """The set of images that an attacker may turn an image into.
+
+    Args:
+        radius: size of the ball, in pixels of [0, 1]; at least 0.
+    """
+
+    radius: float
+    norm: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.radius < float("inf"):
+            raise UserError(f"a threat's radius is a number of at least 0, got {self.radius}")
+
+    def __str__(self) -> str:
+        in_255ths = self.radius * 255
+        if self.norm == "linf" and abs(in_255ths - round(in_255ths)) < 1e-9 and self.radius > 0:
+            return f"{self.norm}:{round(in_255ths)}/255"
+        return f"{self.norm}:{self.radius:g}"
+
+    @abstractmethod
+    def project(self, images: Tensor, center: Tensor) -> Tensor:
+        """The nearest point, in Euclidean distance, of {threat around ``center``} ∩ [0, 1].
+
+        The ball is first shrunk by the rounding error of float32, so that the result is inside in exact arithmetic.
+
+        Shape: ``(n, ...)`` and the same to the same, float32. ``center`` lies in [0, 1].
+        """
+
+    @abstractmethod
+    def _draw(self, center: Tensor, generator: Generator | None) -> Tensor:
+        """A perturbation drawn uniformly from the ball, shaped like ``center``."""
+
+    def random_start(self, center: Tensor, generator: Generator | None = None) -> Tensor:
+        """A random point of the threat: uniform in the ball, then moved into [0, 1]."""
+        return self.project(center + self._draw(center, generator), center)
+
+    @abstractmethod
+    def ascend(self, images: Tensor, gradient: Tensor, step_size: float | Tensor) -> Tensor:
+        """One step of steepest ascent in this norm, without projection.
+
+        Args:
+            images: ``(n, c, h, w)``.
+            gradient: of the objective, likewise.
+            step_size: length of the step in this norm; a number or a tensor ``(n, 1, 1, 1)``.
+        """
+
+    @abstractmethod
+    def distance(self, images: Tensor, center: Tensor) -> Tensor:
+        """Norm of ``images - center`` in float64, ``(n,)``."""
+
+    def contains(self, images: Tensor, center: Tensor) -> Tensor:
+        """Which images are inside the threat and inside [0, 1], decided in float64: bool ``(n,)``."""
+        valid = ((images >= 0) & (images <= 1)).flatten(1).all(1)
+        return valid & (self.distance(images, center) <= self.radius)
+
+
+def _project_lengths(shrink: Callable[[Tensor, Tensor], Tensor], images: Tensor, center: Tensor) -> Tensor:
+    """Project by shortening each pixel's move, for norms that do not care which way a pixel moves.
+
+    ``shrink(magnitude, room)`` gives the nearest point to ``magnitude`` in {norm <= radius} ∩ [0, room], where
+    ``room`` is how far the box lets each pixel go the way it wants to; all ``(n, d)`` and at least 0.
+    """
+    delta = (images - center).flatten(1)
+    room = torch.where(delta > 0, 1 - center.flatten(1), center.flatten(1))
+    magnitude = shrink(delta.abs(), room)
+    return (center + torch.copysign(magnitude, delta).view_as(center)).clamp(0, 1)
+
+
+def _normal(like: Tensor, generator: Generator | None) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=_device(like, generator)).to(like.device)
+
+
+def _uniform(shape: torch.Size, like: Tensor, generator: Generator | None) -> Tensor:
+    return torch.rand(shape, generator=generator, device=_device(like, generator)).to(like.device)
+
+
+def _device(like: Tensor, generator: Generator | None) -> torch.device:
+    """A generator draws on its own device only."""
+    return generator.device if generator is not None else like.device
+
+
+@dataclass(frozen=True)
+class Linf(Threat):
+    """Every pixel may change by at most ``radius``."""
+
+    norm: ClassVar[str] = "linf"
+
+    def project(self, images: Tensor, center: Tensor) -> Tensor:
+        radius = max(self.radius - ROUNDING, 0.0)
+        return images.clamp(center - radius, center + radius).clamp_(0, 1)
+
+    def _draw(self, center: Tensor, generator: Generator | None) -> Tensor:
+        return (2 * _uniform(center.shape, center, generator) - 1) * self.radius
+
+    def ascend(self, images: Tensor, gradient: Tensor, step_size: float | Tensor) -> Tensor:
+        return images + step_size * gradient.sign()
+
+    def distance(self, images: Tensor, center: Tensor) -> Tensor:
+        return (images.double() - center.double()).flatten(1).abs().amax(1)
+
+
+@dataclass(frozen=True)
+class L2(Threat):
+    """The Euclidean length of the change is at most ``radius``."""
+
+    norm: ClassVar[str] = "l2"
+
+    def project(self, images: Tensor, center: Tensor) -> Tensor:
+        return _project_lengths(self._shrink, images, center)
+
+    def _shrink(self, magnitude: Tensor, room: Tensor) -> Tensor:
+        # The nearest point is min(t * magnitude, room) for the largest t in [0, 1] whose norm is at most the radius.
+        # Solve for t with the present set of saturated pixels held fixed; the set only grows, so this ends.
+        target = self.radius * (1 - 1e-6) - ROUNDING * magnitude.shape[1] ** 0.5
+        squared_target = max(target, 0.0) ** 2
+        clipped = torch.minimum(magnitude, room)
+        outside = clipped.square().sum(1, keepdim=True) > squared_target
+        scale = torch.zeros_like(outside, dtype=magnitude.dtype)
+        while True:
+            saturated = scale * magnitude >= room
+            fixed = torch.where(saturated, room, 0).square().sum(1, keepdim=True)
+            free = torch.where(saturated, 0, magnitude).square().sum(1, keepdim=True)
+            solved = ((squared_target - fixed).clamp(min=0) / free.clamp(min=1e-30)).sqrt().clamp(max=1)
+            larger = torch.maximum(scale, solved)
+            if not (outside & (larger > scale)).any():
+                break
+            scale = larger
+        return torch.where(outside, torch.minimum(scale * magnitude, room), clipped)
+
+    def _draw(self, center: Tensor, generator: Generator | None) -> Tensor:
+        direction = _normal(center, generator).flatten(1)
+        length = _uniform(torch.Size((len(center), 1)), center, generator) ** (1 / direction.shape[1])
+        unit = direction / direction.norm(dim=1, keepdim=True)
+        return (self.radius * length * unit).view_as(center)
+
+    def ascend(self, images: Tensor, gradient: Tensor, step_size: float | Tensor) -> Tensor:
+        # Scaled by its largest entry first: a tiny gradient keeps its direction where its square would underflow.
+        flat = gradient.flatten(1)
+        flat = flat / flat.abs().amax(1, keepdim=True).clamp(min=1e-38)
+        unit = flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        return images + step_size * unit.view_as(gradient)
+
+    def distance(self, images: Tensor, center: Tensor) -> Tensor:
+        return (images.double() - center.double()).flatten(1).norm(dim=1)
+
+
+@dataclass(frozen=True)
+class L1(Threat):
+    """The sum of the absolute changes is at most ``radius``."""
+
+    norm: ClassVar[str] = "l1"
+
+    def project(self, images: Tensor, center: Tensor) -> Tensor:
+        return _project_lengths(self._shrink, images, center)
+
+    def _shrink(self, magnitude: Tensor, room: Tensor) -> Tensor:
+        # The nearest point is clamp(magnitude - mu, 0, room) for the least mu >= 0 whose sum is at most the radius
+        # (Croce & Hein, ICML 2021, Prop. 2.1). That sum falls piecewise linearly in mu: walk its breakpoints.
+        magnitude64, room64 = magnitude.double(), room.double()
+        target = max(self.radius * (1 - 1e-6) - ROUNDING * magnitude.shape[1], 0.0)
+        starts, ends = (magnitude64 - room64).clamp(min=0), magnitude64
+        breaks, order = torch.cat([starts, ends], 1).sort(1)
+        slopes = torch.cat([-torch.ones_like(starts), torch.ones_like(ends)], 1).gather(1, order).cumsum(1)
+        at_zero = torch.minimum(magnitude64, room64).sum(1, keepdim=True)
+        falls = (slopes[:, :-1] * breaks.diff(dim=1)).cumsum(1)
+        values = at_zero + torch.cat([torch.zeros_like(at_zero), falls], 1)  # the sum at each breakpoint
+        after = (values <= target).long().argmax(1, keepdim=True)  # the first breakpoint at or below the target
+        before = (after - 1).clamp(min=0)
+        slope = slopes.gather(1, before).clamp(max=-1)
+        mu = breaks.gather(1, before) + (target - values.gather(1, before)) / slope
+        mu = torch.where(at_zero <= target, 0.0, mu.clamp(min=0))
+        return (magnitude64 - mu).clamp(min=0).minimum(room64).to(magnitude.dtype)
+
+    def _draw(self, center: Tensor, generator: Generator | None) -> Tensor:
+        # d + 1 exponentials over their sum are uniform on the simplex; the last one is what is left unused.
+        n, d = center.flatten(1).shape
+        exponentials = -torch.log1p(-_uniform(torch.Size((n, d + 1)), center, generator))
+        share = exponentials[:, :d] / exponentials.sum(1, keepdim=True)
+        signs = torch.where(_uniform(torch.Size((n, d)), center, generator) < 0.5, -1.0, 1.0)
+        return (self.radius * share * signs).view_as(center)
+
+    def ascend(self, images: Tensor, gradient: Tensor, step_size: float | Tensor) -> Tensor:
+        movable = torch.where(gradient > 0, images < 1, images > 0)
+        flat = torch.where(movable, gradient, 0).flatten(1)
+        k = max(1, round(L1_STEP_SHARE * flat.shape[1]))
+        chosen = flat.abs().topk(k, dim=1).indices
+        step = torch.zeros_like(flat).scatter_(1, chosen, flat.gather(1, chosen).sign() / k)
+        return images + step_size * step.view_as(gradient)
+
+    def distance(self, images: Tensor, center: Tensor) -> Tensor:
+        return (images.double() - center.double()).flatten(1).abs().sum(1)
+
+
+THREATS: dict[str, type[Threat]] = {threat.norm: threat for threat in (Linf, L2, L1)}
+
+
+def parse_threat(text: str) -> Threat:
+    """The threat that a text such as ``linf:8/255`` names.
+
+    Raises:
+        UserError: where the text is not ``NORM:RADIUS``.
+    """
+    norm, separator, radius = text.partition(":")
+    if not separator:
+        raise UserError(f"a threat is written NORM:RADIUS, such as linf:8/255 or l2:0.5, got {text!r}")
+    if norm not in THREATS:
+        raise unknown("threat norm", norm, THREATS)
+    return THREATS[norm](parse_number(radius))
+
+
+def parse_number(text: str | float) -> float:
+    """A number given as such or as text, which may be a fraction: ``8/255``, ``0.5``, ``1e-3``.
+
+    Raises:
+        UserError: where it is none.
+    """
+    try:
+        return float(Fraction(text.replace(" ", ""))) if isinstance(text, str) else float(text)
+    except (ValueError, ZeroDivisionError, TypeError) as error:
+        raise UserError(f"{text!r} is not a number such as 0.5 or 8/255") from error

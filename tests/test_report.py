@@ -1,0 +1,352 @@
+"""The report: what the page says is what the run folders hold, and it is safe, whole and readable anywhere."""
+
+import base64
+import html
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from redan.errors import UserError
+from redan.evaluation.results import Accuracy, CurvePoint, Evaluation, GalleryEntry
+from redan.report import write_report
+
+VOID = {"meta", "link", "img", "br"}
+HOSTILE = '<script>alert("1")</script>'
+NAME = 'a"&b<i>'
+CLASSES = ("cat", '"><img src="https://example.org/x" onerror="alert(1)">')
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+
+
+class Page(HTMLParser):
+    """A page taken apart; fails where its elements do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "small":
+            self.rows[-1][-1] += " "
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+        if "style" not in self.open:
+            self.text += data
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def pictures(self) -> list[np.ndarray]:
+        """Each image of the page as uint8 ``(h, w)`` or ``(h, w, 3)``."""
+        sources = [str(image["src"]).removeprefix("data:image/png;base64,") for image in self.attributes("img")]
+        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(source)))) for source in sources]
+
+
+def evaluation(**changes: object) -> Evaluation:
+    values: dict[str, object] = dict(
+        redan_version="0", run="run", checkpoint="model.safetensors", dataset="digits", class_names=CLASSES,
+        threat="linf:8/255", attack="standard", seed=3, device="cpu", samples=100,
+        clean=Accuracy.of(80, 100), robust=Accuracy.of(45, 100), clean_accuracy=0.80, robust_accuracy=0.45,
+        attacks={"apgd-ce": 0.51, "square": 0.45}, seconds=12.34, model_calls=12340,
+        curve=(CurvePoint(radius=0, accuracy=Accuracy.of(80, 100)),
+               CurvePoint(radius=8 / 255, accuracy=Accuracy.of(45, 100))),
+        per_image=(),
+    )  # fmt: skip
+    return Evaluation.model_validate(values | changes)
+
+
+def make_run(folder: Path, epochs: int = 4) -> Path:
+    """A run that is trained and not evaluated."""
+    folder.mkdir(parents=True)
+    recipe: dict[str, object] = {
+        "name": HOSTILE,
+        "data": {"name": "digits"},
+        "model": {"name": "convnet"},
+        "method": {"name": "pgd-at"},
+    }
+    recipe |= {"threat": "linf:8/255", "epochs": epochs, "seed": 7, "a key of the future": [1]}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    (folder / "environment.json").write_text(json.dumps({"python": "3.11", "device": HOSTILE, "threads": 1}))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for epoch in range(1, epochs + 1):
+            line: dict[str, object] = {
+                "epoch": epoch,
+                "phase": "one" if epoch < 3 else "two",
+                "loss": 1 / epoch,
+                "clean_accuracy": 0.5,
+            }
+            line["robust_accuracy"] = None
+            if epoch == epochs:
+                line["validation_clean_accuracy"] = 0.25
+            file.write(json.dumps(line) + "\n")
+    return folder
+
+
+def add_result(run: Path, result: Evaluation, name: str = "standard", day: int = 1_700_000_000) -> Path:
+    path = run / "results" / f"{name}.json"
+    result.save(path)
+    os.utime(path, (day, day))
+    return path
+
+
+def add_gallery(run: Path, images: np.ndarray, adversarials: np.ndarray) -> None:
+    entries = tuple(
+        GalleryEntry(
+            index=10 + i, label=0, prediction=0, confidence=0.9, adversarial_prediction=1, adversarial_confidence=0.625
+        )
+        for i in range(len(images))
+    )
+    add_result(run, evaluation(gallery=entries))
+    save_file({"images": images, "adversarials": adversarials}, run / "results" / "standard.safetensors")
+
+
+def noise(channels: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Two images and the same ones disturbed."""
+    generator = np.random.default_rng(seed)
+    images = generator.random((2, channels, 5, 6), dtype=np.float32)
+    shift = generator.uniform(-0.1, 0.1, images.shape).astype(np.float32)
+    return images, np.clip(images + shift, 0, 1)
+
+
+def report(*runs: Path) -> Page:
+    out = write_report(runs, runs[0].parent / "report.html")
+    return Page(out.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with one evaluation, its gallery and a hostile name wherever a name can be."""
+    folder = make_run(tmp_path / NAME)
+    add_gallery(folder, *noise(3))
+    return folder
+
+
+def test_table_says_what_the_results_say(run: Path) -> None:
+    add_result(run, evaluation(certified_accuracy=0.2, threat="l2:0.5", curve=()), "z")
+    # The intervals of 80, 45, 51 and 20 of 100 are those of Clopper & Pearson's tables.
+    eighty, fortyfive = "80.00 % 70.8 – 87.3", "45.00 % 35.0 – 55.3"
+    common = ["digits", "convnet", "pgd-at"]
+    rows = report(run).rows
+    tail = ["100", "123.4", "12.3"]
+    assert rows[1] == [f"{NAME} standard", *common, "linf:8/255", "standard", eighty, fortyfive, "–", *tail]
+    certified = "20.00 % 12.7 – 29.2"
+    assert rows[2] == [f"{NAME} z", *common, "l2:0.5", "standard", eighty, fortyfive, certified, *tail]
+    assert rows[4:7] == [
+        ["no attack", "80 of 100", eighty],
+        ["apgd-ce", "51 of 100", "51.00 % 40.8 – 61.1"],
+        ["square", "45 of 100", fortyfive],
+    ]
+
+
+def test_page_is_self_contained_and_names_stay_text(run: Path) -> None:
+    page = report(run)
+    tags = [tag for tag, _ in page.elements]
+    assert "script" not in tags and "i" not in tags
+    assert tags.count("img") == 6
+    for _, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:"))
+    assert not re.search(r"url\((?!#)|@import", (run.parent / "report.html").read_text())
+    assert page.text.count(HOSTILE) >= 2 and CLASSES[1] in page.text
+
+
+def test_every_picture_has_its_text(run: Path) -> None:
+    page = report(run)
+    assert [image["alt"] for image in page.attributes("img")[:2]] == [
+        "Test image 10, cat",
+        f"Test image 10 after the attack, taken for {CLASSES[1]} 62.5 %",
+    ]
+    assert [drawing["aria-label"] for drawing in page.attributes("svg")] == [
+        f"Accuracy against radius on digits, linf: {NAME} 80.0 % at 0, 45.0 % at 0.0314",
+        f"{NAME} over 4 epochs. Loss, at the end: training 0.25",
+        f"{NAME} over 4 epochs. Clean accuracy, %, at the end: training 50, validation 25",
+    ]
+
+
+def test_ids_are_unique(run: Path) -> None:
+    other = make_run(run.parent / "other")
+    ids = [attributes["id"] for _, attributes in report(run, other).elements if "id" in attributes]
+    assert ids and len(ids) == len(set(ids))
+
+
+def test_same_folders_give_the_same_bytes(run: Path) -> None:
+    first = write_report([run], run.parent / "first.html").read_bytes()
+    with matplotlib.rc_context({"font.size": 30, "lines.linestyle": "--"}):
+        second = write_report([run], run.parent / "second.html").read_bytes()
+    assert first == second
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gallery_shows_the_images_and_their_magnified_difference(tmp_path: Path, channels: int) -> None:
+    images, adversarials = noise(channels)
+    adversarials[1] = images[1]
+    run = make_run(tmp_path / "run")
+    add_gallery(run, images, adversarials)
+    page = report(run)
+
+    difference = adversarials[0].astype(np.float64) - images[0]
+    largest = np.abs(difference).max()
+    expected = [images[0], adversarials[0], 0.5 + difference / (2 * largest)]
+    expected += [images[1], images[1], np.full_like(images[1], 0.5)]
+    for picture, array in zip(page.pictures(), expected, strict=True):
+        array = np.rint(255 * array).astype(np.uint8).transpose(1, 2, 0)
+        np.testing.assert_array_equal(picture, array[:, :, 0] if channels == 1 else array)
+    assert f"difference ×\N{NO-BREAK SPACE}{1 / (2 * largest):.3g}" in page.text
+
+
+def test_curves_of_one_data_set_and_norm_share_a_figure(run: Path) -> None:
+    other = make_run(run.parent / "other", epochs=0)
+    add_result(other, evaluation(threat="linf:4/255"), "small")
+    add_result(other, evaluation(threat="linf:8/255"), "large")
+    add_result(other, evaluation(threat="l2:0.5"), "l2")
+    page = report(run, other)
+    labels = [str(drawing["aria-label"]) for drawing in page.attributes("svg")]
+    curves = [label for label in labels if label.startswith("Accuracy against radius")]
+    assert [label.partition(":")[0] for label in curves] == [
+        "Accuracy against radius on digits, linf",
+        "Accuracy against radius on digits, l2",
+    ]
+    legend = re.findall("[●■▲◆▼] (.+)", page.text)
+    assert legend == [NAME, "other, large", "other, small", "other"]
+
+
+def test_date_is_that_of_the_newest_result(run: Path) -> None:
+    add_result(run, evaluation(), "newer", day=1_709_596_800)  # 2024-03-05 00:00 UTC
+    assert report(run).attributes("time") == [{"datetime": "2024-03-05"}]
+
+
+def test_run_that_is_not_evaluated_keeps_its_curves_and_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "my run")
+    page = report(run)
+    assert f"my run is not evaluated yet: redan evaluate '{run}'" in page.text
+    assert len(page.attributes("svg")) == 2
+    assert page.rows == []
+
+
+def test_reproduce_gives_recipe_environment_and_commands(run: Path) -> None:
+    page = report(run)
+    assert "redan train '" + HOSTILE + "'" in page.text
+    assert f"redan evaluate '{run}' --threat linf:8/255 --attack standard --samples 100 --seed 3\n" in page.text
+    assert (run / "recipe.yaml").read_text() in page.text
+    assert re.search(r"seed\s*7", page.text) and re.search(r"python\s*3\.11", page.text)
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / parent / "run") for parent in ("a", "b")]
+    for run in runs:
+        add_result(run, evaluation())
+    page = Page(write_report(runs, tmp_path / "report.html").read_text())
+    assert [row[0] for row in page.rows[1:3]] == [str(run) for run in runs]
+
+
+def test_line_cut_by_a_kill_is_ignored(run: Path) -> None:
+    whole = write_report([run], run.parent / "whole.html").read_bytes()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 5, "loss": 0.')
+    assert write_report([run], run.parent / "cut.html").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("recipe.yaml", "[", "recipe.yaml is not YAML"),
+        ("recipe.yaml", "text", "recipe.yaml is not a recipe"),
+        ("environment.json", "{", "environment.json is not JSON"),
+        ("metrics.jsonl", '{"epoch": 1}\n{"epo\n{"epoch": 3}\n', "metrics.jsonl, line 2, is not JSON"),
+        ("results/standard.json", "{}", "standard.json is not an evaluation"),
+        ("results/standard.safetensors", "text", "standard.safetensors is not a safetensors file"),
+    ],
+)
+def test_damaged_file_is_named_in_one_line(run: Path, file: str, content: str, message: str) -> None:
+    (run / file).write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        write_report([run], run.parent / "report.html")
+    assert "\n" not in str(error.value)
+    assert not (run.parent / "report.html").exists()
+
+
+def test_pictures_that_do_not_match_the_gallery_are_refused(run: Path) -> None:
+    images, adversarials = noise(3)
+    pictures = {"images": images[:1].copy(), "adversarials": adversarials[:1].copy()}
+    save_file(pictures, run / "results" / "standard.safetensors")
+    with pytest.raises(UserError, match=r"standard.safetensors must hold .*\(2, 1 or 3, h, w\)"):
+        report(run)
+
+
+def test_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run: it has no recipe.yaml"):
+        write_report([tmp_path], tmp_path / "report.html")
+    with pytest.raises(UserError, match="at least one run"):
+        write_report([], tmp_path / "report.html")
+
+
+def browse(page: Path, *options: str) -> tuple[str, list[str]]:
+    """What a headless browser prints for ``page``, and the lines of its console."""
+    quiet = "--disable-background-networking --disable-component-update --disable-sync --disable-quic --no-first-run"
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", *quiet.split(), "--enable-logging=stderr"]
+    command += ["--v=0", f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
+def test_browser_finds_no_fault(run: Path) -> None:
+    out = write_report([run, make_run(run.parent / ("x" * 150))], run.parent / "report.html")
+    screenshot = run.parent / "screenshot.png"
+    _, console = browse(out, "--window-size=1200,900", f"--screenshot={screenshot}")
+    assert console == []
+    assert Image.open(screenshot).size == (1200, 900)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
+def test_page_never_scrolls_sideways_on_a_phone(run: Path) -> None:
+    add_result(run, evaluation(attack="a-protocol-of-a-very-long-name", curve=()), "-".join(["wide"] * 20))
+    out = write_report([run, make_run(run.parent / ("x" * 150))], run.parent / "report.html")
+    # A window cannot be as narrow as a phone, a frame can; the second frame shows that the measure sees a fault.
+    frames = (out.read_text(), "<!doctype html><div style='width: 900px'>too wide</div>")
+    wrapper = run.parent / "wrapper.html"
+    wrapper.write_text(
+        "<!doctype html><script>function measure(frame) { const view = frame.contentWindow;"
+        " frame.title = view.innerWidth + ' ' + view.document.documentElement.scrollWidth;"
+        " console.log('measured') }</script>"
+        + "".join(
+            f'<iframe width="360" height="800" onload="measure(this)" srcdoc="{html.escape(frame)}"></iframe>'
+            for frame in frames
+        )
+    )
+    dom, console = browse(wrapper, "--dump-dom")
+    assert len(console) == 2 and all("measured" in line for line in console)
+    (inner, scroll), (_, fault) = ([int(n) for n in pair] for pair in re.findall(r'title="(\d+) (\d+)"', dom))
+    assert inner == 360 and scroll <= inner < fault
