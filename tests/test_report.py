@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from redan.errors import UserError
 from redan.evaluation.results import Accuracy, CurvePoint, Evaluation, GalleryEntry
-from redan.report import write_report
+from redan.reporting import write_report
 
 VOID = {"meta", "link", "img", "br"}
 HOSTILE = '<script>alert("1")</script>'

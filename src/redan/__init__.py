@@ -1,13 +1,17 @@
 """redan: train image classifiers to withstand adversarial examples, attack them, and report what can be trusted."""
 
-from redan.demo import demo
-from redan.errors import DataError, Stopped, UserError
-from redan.evaluation.evaluate import evaluate
-from redan.recipes.schema import Recipe, load_recipe
-from redan.report import write_report as report
-from redan.run import load
-from redan.training.trainer import train
-from redan.version import __version__
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from redan.demonstration import demo
+    from redan.errors import DataError, Stopped, UserError
+    from redan.evaluation.evaluate import evaluate
+    from redan.recipes.schema import Recipe, load_recipe
+    from redan.reporting import write_report as report
+    from redan.run import load
+    from redan.training.trainer import train
+    from redan.version import __version__
 
 __all__ = [
     "DataError",
@@ -22,3 +26,27 @@ __all__ = [
     "report",
     "train",
 ]
+
+# Where each name lives. Imported on first use: `redan --help` should not wait for torch.
+_HOMES = {
+    "DataError": ("redan.errors", "DataError"),
+    "Recipe": ("redan.recipes.schema", "Recipe"),
+    "Stopped": ("redan.errors", "Stopped"),
+    "UserError": ("redan.errors", "UserError"),
+    "__version__": ("redan.version", "__version__"),
+    "demo": ("redan.demonstration", "demo"),
+    "evaluate": ("redan.evaluation.evaluate", "evaluate"),
+    "load": ("redan.run", "load"),
+    "load_recipe": ("redan.recipes.schema", "load_recipe"),
+    "report": ("redan.reporting", "write_report"),
+    "train": ("redan.training.trainer", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'redan' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value

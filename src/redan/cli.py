@@ -1,6 +1,7 @@
 """The commands: thin, over the same functions that Python users call."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -83,7 +84,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train three methods on digits, attack them and write a report: a minute, no network."""
-    from redan.demo import demo as run_demo
+    from redan.demonstration import demo as run_demo
 
     results, report = run_demo(out)
     if as_json:
@@ -114,6 +115,8 @@ def train(
     run = run_train(
         recipe, out, overrides=parse_overrides(override or []), data_dir=data_dir, resume=resume, devices=devices
     )
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # one of several processes speaks
     if as_json:
         print(json.dumps({"run": str(run), "epochs": _records(run)}))
     else:
@@ -182,7 +185,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page about runs."""
-    from redan.report import write_report
+    from redan.reporting import write_report
 
     path = write_report(runs, out)
     print(json.dumps({"report": str(path)})) if as_json else console.print(f"Report: {path}", soft_wrap=True)

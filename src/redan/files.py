@@ -29,4 +29,4 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.unlink(name)
             raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -29,14 +29,15 @@ def read_run(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Recipe, 
         raise UserError(f"{folder} is not a run folder: it has no recipe.yaml")
     path = folder / WEIGHTS[checkpoint]
     if not path.exists():
-        raise UserError(f"{folder} has no weights yet ({path.name} is written after the first epoch)")
+        other = "; --checkpoint last is there" if (folder / WEIGHTS["last"]).exists() else ""
+        raise UserError(f"{folder} has no {checkpoint} weights yet: {path.name} comes with the first validation{other}")
     recipe = load_recipe(folder)
     tensors, metadata = load_tensors(path)
     try:
         facts = Facts.from_json(metadata["facts"])
         network = build(recipe, facts).deployed()
         network.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not fit its recipe: {str(error).splitlines()[-1].strip()}") from error
     return recipe, facts, network.eval()
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from redan.errors import UserError
@@ -15,7 +16,7 @@ from redan.files import write_atomically
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
     """Write tensors and a JSON-able mapping beside them into one safetensors file, atomically."""
     # Each entry gets memory of its own: the format knows no shared tensors, and no layout but the contiguous.
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     write_atomically(path, save(own, {"redan": json.dumps(metadata or {})}))
 
 
@@ -26,10 +27,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: where the file is missing, truncated or not safetensors.
     """
     try:
-        tensors = load_file(path)
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return tensors, json.loads(header.get("__metadata__", {}).get("redan", "{}"))
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            return tensors, json.loads((file.metadata() or {}).get("redan", "{}"))
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}") from error
     except (SafetensorError, OSError, ValueError) as error:

@@ -3,10 +3,12 @@
 The radius is in units of pixels in [0, 1]; its text form is ``linf:8/255``, ``l2:0.5`` or ``l1:12``.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -33,14 +35,14 @@ class Threat(ABC):
     norm: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.radius < float("inf"):
-            raise UserError(f"a threat's radius is a number of at least 0, got {self.radius}")
+        if not isinstance(self.radius, Real) or not 0 <= self.radius < float("inf"):
+            raise UserError(f"a threat's radius is a number of at least 0, got {self.radius!r}")
 
     def __str__(self) -> str:
         in_255ths = self.radius * 255
         if self.norm == "linf" and abs(in_255ths - round(in_255ths)) < 1e-9 and self.radius > 0:
             return f"{self.norm}:{round(in_255ths)}/255"
-        return f"{self.norm}:{self.radius:g}"
+        return f"{self.norm}:{float(self.radius)!r}".removesuffix(".0")
 
     @abstractmethod
     def project(self, images: Tensor, center: Tensor) -> Tensor:
@@ -91,7 +93,8 @@ def _project_lengths(shrink: Callable[[Tensor, Tensor], Tensor], images: Tensor,
     return (center + torch.copysign(magnitude, delta).view_as(center)).clamp(0, 1)
 
 
-def _normal(like: Tensor, generator: Generator | None) -> Tensor:
+def standard_normal(like: Tensor, generator: Generator | None) -> Tensor:
+    """Independent standard normal draws in the shape of ``like`` and on its device."""
     return torch.randn(like.shape, generator=generator, device=_device(like, generator)).to(like.device)
 
 
@@ -137,7 +140,7 @@ class L2(Threat):
         # The nearest point is min(t * magnitude, room) for the largest t in [0, 1] whose norm is at most the radius.
         # Solve for t with the present set of saturated pixels held fixed; the set only grows, so this ends.
         target = self.radius * (1 - 1e-6) - ROUNDING * magnitude.shape[1] ** 0.5
-        squared_target = max(target, 0.0) ** 2
+        squared_target = max(target, 0.0) * max(target, 0.0)  # where ** overflows, * is infinite
         clipped = torch.minimum(magnitude, room)
         outside = clipped.square().sum(1, keepdim=True) > squared_target
         scale = torch.zeros_like(outside, dtype=magnitude.dtype)
@@ -153,7 +156,7 @@ class L2(Threat):
         return torch.where(outside, torch.minimum(scale * magnitude, room), clipped)
 
     def _draw(self, center: Tensor, generator: Generator | None) -> Tensor:
-        direction = _normal(center, generator).flatten(1)
+        direction = standard_normal(center, generator).flatten(1)
         length = _uniform(torch.Size((len(center), 1)), center, generator) ** (1 / direction.shape[1])
         unit = direction / direction.norm(dim=1, keepdim=True)
         return (self.radius * length * unit).view_as(center)
@@ -161,7 +164,7 @@ class L2(Threat):
     def ascend(self, images: Tensor, gradient: Tensor, step_size: float | Tensor) -> Tensor:
         # Scaled by its largest entry first: a tiny gradient keeps its direction where its square would underflow.
         flat = gradient.flatten(1)
-        flat = flat / flat.abs().amax(1, keepdim=True).clamp(min=1e-38)
+        flat = flat / flat.abs().amax(1, keepdim=True).clamp(min=torch.finfo(flat.dtype).tiny)
         unit = flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-30)
         return images + step_size * unit.view_as(gradient)
 
@@ -194,7 +197,10 @@ class L1(Threat):
         slope = slopes.gather(1, before).clamp(max=-1)
         mu = breaks.gather(1, before) + (target - values.gather(1, before)) / slope
         mu = torch.where(at_zero <= target, 0.0, mu.clamp(min=0))
-        return (magnitude64 - mu).clamp(min=0).minimum(room64).to(magnitude.dtype)
+        nearest = (magnitude64 - mu).clamp(min=0).minimum(room64)
+        # Images astronomically far away cancel in the lines above; what is left of them still has to be inside.
+        shrunk = nearest * (target / nearest.sum(1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+        return shrunk.to(magnitude.dtype)
 
     def _draw(self, center: Tensor, generator: Generator | None) -> Tensor:
         # d + 1 exponentials over their sum are uniform on the simplex; the last one is what is left unused.
@@ -240,6 +246,6 @@ def parse_number(text: str | float) -> float:
         UserError: where it is none.
     """
     try:
-        return float(Fraction(text.replace(" ", ""))) if isinstance(text, str) else float(text)
-    except (ValueError, ZeroDivisionError, TypeError) as error:
+        return float(Fraction(re.sub(r"\s*/\s*", "/", text))) if isinstance(text, str) else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError, TypeError) as error:
         raise UserError(f"{text!r} is not a number such as 0.5 or 8/255") from error

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from redan.attacks.objectives import Objective
+from redan.attacks.objectives import Objective, misclassified
 from redan.attacks.search import SearchModel
 from redan.errors import UserError
 from redan.threats import Threat
@@ -65,14 +65,18 @@ class Attack(ABC):
 
 
 def check_input(images: Tensor, labels: Tensor) -> None:
-    """Raise UserError unless images are float32 in [0, 1] and labels are int64, one an image."""
-    if images.dtype != torch.float32:
-        raise UserError(f"an attack takes float32 images in [0, 1], got {images.dtype}")
+    """Raise UserError unless images are float32 ``(n, c, h, w)`` in [0, 1] and labels int64, one an image."""
+    if images.dtype != torch.float32 or images.dim() != 4:
+        raise UserError(
+            f"an attack takes float32 images (n, c, h, w) in [0, 1], got {images.dtype} of shape {tuple(images.shape)}"
+        )
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise UserError(
             f"an attack takes one int64 label an image, got {labels.dtype} of shape {tuple(labels.shape)} "
             f"for {len(images)} images"
         )
+    if len(labels) and labels.amin() < 0:
+        raise UserError(f"an attack takes labels that count from 0, got {labels.amin()}")
     if len(images) and not (images.amin() >= 0 and images.amax() <= 1):
         raise UserError(
             f"an attack takes images in [0, 1], got values from {images.amin():.3g} to {images.amax():.3g}; "
@@ -137,7 +141,7 @@ class Standing:
         """
         if not self._drop:
             return None
-        return self._let_fall(images, (logits.argmax(1) != self.labels).nonzero().squeeze(1))
+        return self._let_fall(images, misclassified(logits, self.labels).nonzero().squeeze(1))
 
     def conclude(self, images: Tensor) -> None:
         """The last attempt on those that stand, ``(k, c, h, w)``: note it, and let those fall that it breaks."""

@@ -32,20 +32,23 @@ class Objective:
         return self.value(logits, reference)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-def _strongest_other(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.scatter(1, labels[:, None], float("-inf")).amax(1)
+def _others(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logits with the true class out of the race."""
+    return logits.scatter(1, labels[:, None], float("-inf"))
 
 
 def _true(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(1, labels[:, None]).squeeze(1)
 
 
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    # -log p_y = log(1 + sum over k != y of exp(z_k - z_y)). The usual form rounds p_y to 1 from a margin of 17 on, and
+    # the attack on a confident network then climbs a gradient that lacks the true class, or none.
+    return F.softplus(_others(logits, labels).logsumexp(1) - _true(logits, labels))
+
+
 def _margin(logits: Tensor, labels: Tensor) -> Tensor:
-    return _strongest_other(logits, labels) - _true(logits, labels)
+    return _others(logits, labels).amax(1) - _true(logits, labels)
 
 
 def _dlr(logits: Tensor, labels: Tensor) -> Tensor:
@@ -56,8 +59,9 @@ def _dlr(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _kl(logits: Tensor, clean_logits: Tensor) -> Tensor:
-    target = clean_logits.log_softmax(1)
-    return F.kl_div(logits.log_softmax(1), target, reduction="none", log_target=True).sum(1)
+    # In float64: where both are nearly certain, their difference is lost to float32.
+    log_p, log_q = clean_logits.double().log_softmax(1), logits.double().log_softmax(1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1).float()
 
 
 cross_entropy = Objective("ce", _cross_entropy)

@@ -1,15 +1,15 @@
 """Projected gradient descent (Madry et al., ICLR 2018) and its ancestor FGSM (Goodfellow et al., ICLR 2015)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-import torch
 from torch import Generator, Tensor
 
 from redan.attacks.base import Attack, Outcome, Standing, keep
 from redan.attacks.objectives import Objective, cross_entropy
 from redan.attacks.search import SearchModel
-from redan.errors import UserError
+from redan.errors import UserError, unknown
+from redan.threats import standard_normal
 
 Start = Literal["random", "near", "image"]
 
@@ -23,11 +23,15 @@ class PGD(Attack):
     Args:
         threat: what the attacker may do.
         steps: gradient steps, at least 1.
-        step_size: length of a step in the threat's norm; None is 2.5 * radius / steps (Madry et al.).
+        step_size: length of a step in the threat's norm, above 0; None is 2.5 * radius / steps (Madry et al.).
         objective: what is maximised.
-        start: ``random``, uniform in the threat; ``near``, Gaussian noise of 0.001 around the image; ``image``.
+        start: ``random``, uniform in the threat; ``near``, Gaussian noise of 0.001 around the image; ``image``, which
+            is no start for an objective that compares with the clean logits: its gradient is zero there.
         restarts: runs from new starts on the images that still stand, at least 1.
-        drop_broken: stop working on an image once it is broken. Training turns this off.
+        drop_broken: stop working on an image once it is broken. Training turns this off, and has no restarts.
+
+    Raises:
+        UserError: where these contradict themselves or each other.
     """
 
     steps: int = 10
@@ -40,6 +44,16 @@ class PGD(Attack):
     def __post_init__(self) -> None:
         if self.steps < 1 or self.restarts < 1:
             raise UserError(f"PGD takes at least 1 step and 1 restart, got {self.steps} and {self.restarts}")
+        if self.step_size is not None and not self.step_size > 0:
+            raise UserError(f"PGD takes a step size above 0, got {self.step_size}")
+        if self.start not in get_args(Start):
+            raise unknown("start of PGD", self.start, get_args(Start))
+        if self.start == "image" and self.objective.reference == "clean_logits":
+            raise UserError(
+                f"the objective {self.objective.name!r} has no gradient at the image itself; start 'random' or 'near'"
+            )
+        if self.restarts > 1 and not self.drop_broken:
+            raise UserError("restarts are for images that still stand; PGD with drop_broken=False takes 1")
 
     def run(self, search: SearchModel, images: Tensor, labels: Tensor, generator: Generator | None) -> Outcome:
         """See ``Attack.run``."""
@@ -65,9 +79,7 @@ class PGD(Attack):
         if self.start == "random":
             return self.threat.random_start(center, generator)
         if self.start == "near":
-            device = generator.device if generator is not None else center.device
-            noise = torch.randn(center.shape, generator=generator, device=device).to(center.device)
-            return self.threat.project(center + NEAR * noise, center)
+            return self.threat.project(center + NEAR * standard_normal(center, generator), center)
         return center
 
 
@@ -77,12 +89,22 @@ class FGSM(Attack):
 
     Args:
         threat: what the attacker may do.
-        objective: what is maximised.
+        objective: what is maximised; measured against labels, see ``PGD.start``.
+
+    Raises:
+        UserError: for another objective.
     """
 
     objective: Objective = cross_entropy
 
+    def __post_init__(self) -> None:
+        self._as_pgd()
+
     def run(self, search: SearchModel, images: Tensor, labels: Tensor, generator: Generator | None) -> Outcome:
         """See ``Attack.run``."""
-        step = PGD(self.threat, steps=1, step_size=self.threat.radius, objective=self.objective, start="image")
-        return step.run(search, images, labels, generator)
+        return self._as_pgd().run(search, images, labels, generator)
+
+    def _as_pgd(self) -> PGD:
+        # Any step size does at radius 0, where the threat is the image alone.
+        step_size = self.threat.radius or None
+        return PGD(self.threat, steps=1, step_size=step_size, objective=self.objective, start="image")

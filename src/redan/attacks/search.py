@@ -7,14 +7,17 @@ original has confirmed it in float32. The original is never touched: not its mod
 """
 
 import copy
-from collections.abc import Iterator
-from typing import Any, Literal
+import pickle
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from redan.attacks.objectives import Objective, misclassified
-from redan.errors import UserError
+from redan.errors import UserError, unknown
 from redan.models.norms import Normalise
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -33,20 +36,27 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 class SearchModel:
     """A model prepared for attacks; every attack takes it in place of the model.
 
-    Preparing costs about one forward pass, so prepare once where a model is attacked batch by batch, and call
+    Preparing costs a few passes of eight images, so prepare once where a model is attacked batch by batch, and call
     ``refresh`` when its weights have changed.
 
     Args:
         model: any module from images ``(n, c, h, w)`` in [0, 1] to logits ``(n, classes)``, in any mode.
-        precision: of the search; ``auto`` is bfloat16 where the device has it natively.
+        precision: of the search; ``auto`` is bfloat16 where the device has it natively and the model bears it.
         mode: of BatchNorm and dropout during the search. ``train`` uses the statistics of the batch; the original's
             buffers stay as they are all the same.
         compile: compile the search copy: a minute at the start, for runs that are long enough to earn it.
+
+    Raises:
+        UserError: for an unknown precision or mode; on use, for a model that cannot be attacked by its gradient.
     """
 
     def __init__(
         self, model: nn.Module, *, precision: Precision = "auto", mode: Mode = "eval", compile: bool = False
     ) -> None:
+        if precision not in get_args(Precision):
+            raise unknown("precision", precision, get_args(Precision))
+        if mode not in get_args(Mode):
+            raise unknown("attack mode", mode, get_args(Mode))
         self._original = model
         self._judge: nn.Module | None = None
         self._precision = precision
@@ -57,10 +67,11 @@ class SearchModel:
 
     @property
     def _exact(self) -> nn.Module:
-        """The original in evaluation mode; made on first use, when the model has come to its device."""
-        if self._judge is None:
-            training = any(module.training for module in self._original.modules())
-            self._judge = _twin(self._original, training=False) if training else self._original
+        """The original in evaluation mode, asked anew at each use: the model's owner may switch its mode any time."""
+        if not any(module.training for module in self._original.modules()):
+            return self._original
+        if self._judge is None:  # made on first use, when the model has come to its device
+            self._judge = _twin(self._original, training=False)
         return self._judge
 
     @property
@@ -84,12 +95,11 @@ class SearchModel:
 
     def gradient(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``(n, classes)``, objective ``(n,)`` and its gradient with respect to the images ``(n, c, h, w)``."""
-        with torch.enable_grad():
-            leaf = images.detach().requires_grad_()
-            logits = self.logits(leaf)
-            values = objective(logits, reference)
-            (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        return logits.detach(), values.detach(), gradient
+        logits, values, gradient = _differentiate(self.logits, images, lambda logits: objective(logits, reference))
+        if gradient is None:
+            raise UserError("the model's logits do not depend on the images by any gradient, so this cannot attack it")
+        # One infinite slope in the model must not turn the whole image into NaN.
+        return logits, values, gradient.nan_to_num()
 
     @torch.no_grad()
     def exact_logits(self, images: Tensor) -> Tensor:
@@ -102,38 +112,81 @@ class SearchModel:
         """Which images the original misclassifies in float32 and evaluation mode: bool ``(n,)``."""
         return misclassified(self.exact_logits(images), labels)
 
+    def _wants_bfloat16(self, device: torch.device) -> bool:
+        return self._precision == "bfloat16" or (self._precision == "auto" and has_fast_bfloat16(device))
+
     def _prepare(self, images: Tensor) -> None:
         """Choose the fastest copy that computes what the original computes."""
         if self._mode == "train":
             self._forward = _twin(self._original, training=True)
             return
-        self._forward = self._exact
-        folded = _FoldedCopy.of(self._exact)
-        if folded is None:
+        self._forward = lambda images: self._exact(images)
+        folded, sample = _FoldedCopy.of(self._exact), images[:8].detach()
+        if folded is None or not _is_faithful(folded.module, self._exact, sample):
             return
-        sample = images[:8].detach()
         with torch.no_grad():
             exact = self.exact_logits(sample)
-            # A copy that disagrees was not traced faithfully (a model with randomness of its own, for one).
-            if not torch.allclose(folded.module(sample).float(), exact, rtol=1e-3, atol=1e-3):
-                return
-            wanted = self._precision == "bfloat16" or (self._precision == "auto" and has_fast_bfloat16(sample.device))
-            if wanted:
-                reduced = _FoldedCopy.of(self._exact, torch.bfloat16)
-                if reduced is not None and _follows(reduced.module, sample, exact):
-                    folded = reduced
+            reduced = _FoldedCopy.of(self._exact, torch.bfloat16) if self._wants_bfloat16(sample.device) else None
+            if reduced is not None and (logits := _attempt(reduced.module, sample)) is not None:
+                # Where nobody asked for it, bfloat16 must also come close: a model can be too steep for it.
+                folded = reduced if self._precision == "bfloat16" or _agree(logits, exact, 0.1) else folded
         self._copy = folded
         self._forward = torch.compile(folded.module) if self._compile else folded.module
 
 
-def _follows(module: nn.Module, images: Tensor, exact: Tensor) -> bool:
-    """Whether a copy in bfloat16 runs at all and stays within a tenth of the logits' spread."""
-    try:
-        logits = module(images).float()
-    except RuntimeError:  # the model mixes in tensors of its own that stayed float32
+def _differentiate(
+    forward: Callable[[Tensor], Tensor], images: Tensor, value: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits, ``value(logits)`` and the gradient of its sum in the images; None where there is no path back to them."""
+    with torch.enable_grad():
+        leaf = images.detach().requires_grad_()
+        logits = forward(leaf)
+        values = value(logits)
+        gradient = torch.autograd.grad(values.sum(), leaf, allow_unused=True)[0] if values.requires_grad else None
+    return logits.detach(), values.detach(), gradient
+
+
+def _is_faithful(traced: nn.Module, original: nn.Module, images: Tensor) -> bool:
+    """Whether a trace gives the original's logits and gradients.
+
+    It does not where tracing froze a random draw, or lost a gradient that the model defines by itself
+    (``torch.autograd.Function``, as straight-through estimators have it) for that of the bare forward pass.
+    """
+
+    def weighted(logits: Tensor) -> Tensor:
+        return (logits.float() * torch.linspace(-1, 1, logits.shape[1], device=logits.device)).sum(1)
+
+    before = _random_state(images.device)
+    with torch.autocast(images.device.type, enabled=False):
+        exact, _, exact_gradient = _differentiate(original, images, weighted)
+        if _random_state(images.device) != before:
+            return False
+        logits, _, gradient = _differentiate(traced, images, weighted)
+    if gradient is None or exact_gradient is None:
         return False
+    error = (gradient - exact_gradient).flatten(1).norm(dim=1)
+    return _agree(logits, exact, 1e-3) and bool((error <= 0.05 * exact_gradient.flatten(1).norm(dim=1)).all())
+
+
+def _random_state(device: torch.device) -> bytes:
+    """Of all common sources that a model may draw from."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return pickle.dumps((random.getstate(), np.random.get_state(), [state.numpy() for state in states]))
+
+
+def _agree(logits: Tensor, exact: Tensor, tolerance: float) -> bool:
+    """Whether logits differ from the exact ones by no more than this share of the logits' spread."""
     spread = (exact - exact.mean(1, keepdim=True)).abs().amax().clamp(min=1e-6)
-    return bool(((logits - exact).abs() <= 0.1 * spread).all())
+    return bool(((logits.float() - exact).abs() <= tolerance * spread).all())
+
+
+def _attempt(module: nn.Module, images: Tensor) -> Tensor | None:
+    """The module's logits, or None where it cannot run (it mixes in tensors of its own that stayed float32)."""
+    try:
+        logits: Tensor = module(images)
+    except RuntimeError:
+        return None
+    return logits
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -122,8 +122,10 @@ def balanced_subset(labels: Tensor, samples: int, seed: int, allowed: Tensor | N
         allowed: bool ``(n,)``, which examples may be chosen; all if None.
 
     Raises:
-        UserError: where a class has too few.
+        UserError: where a class, or the whole, has too few.
     """
+    if samples > len(labels):
+        raise UserError(f"there are {len(labels)} images to choose from, {samples} were asked for")
     draws = generator(seed, "subset")
     classes = labels.unique()
     chosen = []

@@ -105,7 +105,7 @@ def evaluate(
     pictures: list[tuple[Tensor, Tensor]] = []
     least = torch.full((count,), math.inf, dtype=torch.float64)  # distance of the nearest adversarial image known
     gallery: list[GalleryEntry] = []
-    with EvaluationProgress(subject.name, count, show=progress) as bar:
+    with EvaluationProgress(count, show=progress) as bar:
         for start in range(0, count, BATCH):
             images, labels = _batch(dataset.test, start, min(start + BATCH, count), subject.size, device)
             examined = _Batch(search, images, labels, start, len(dataset.class_names))
@@ -161,7 +161,11 @@ class _Batch:
 
     def __init__(self, search: SearchModel, images: Tensor, labels: Tensor, start: int, classes: int) -> None:
         self.search, self.images, self.labels, self.start = search, images, labels, start
-        logits = search.exact_logits(images)
+        try:
+            logits = search.exact_logits(images)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the network cannot take images of shape {tuple(images.shape[1:])}: {reason}") from error
         if logits.shape != (len(images), classes):
             raise UserError(
                 f"the network gives {tuple(logits.shape[1:])} outputs an image; the data have {classes} classes"

@@ -4,32 +4,30 @@ import sys
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class EvaluationProgress:
     """A bar over the images with the present attack and how many still stand, on standard error, on a terminal only.
 
     Args:
-        name: of what is evaluated.
         samples: images in all.
         show: False shows nothing.
     """
 
-    def __init__(self, name: str, samples: int, *, show: bool) -> None:
+    def __init__(self, samples: int, *, show: bool) -> None:
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
+            TextColumn("images"),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
+            BarColumn(bar_width=10),
+            TextColumn("{task.fields[state]} "),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=Console(stderr=True),
             disable=not show or not sys.stderr.isatty(),
             transient=True,
         )
-        self._task = self._bar.add_task(name, total=samples, state="")
+        self._task = self._bar.add_task("", total=samples, state="")
         self._standing = 0
 
     def __enter__(self) -> "EvaluationProgress":

@@ -24,7 +24,11 @@ def parse_protocol(text: str, threat: Threat) -> dict[str, Attack]:
     Raises:
         UserError: where the text is not a protocol.
     """
-    return {part: _parse(part, threat) for part in text.split("+")}
+    parts = text.split("+")
+    attacks = {part: _parse(part, threat) for part in parts}
+    if len(attacks) < len(parts):
+        raise UserError(f"the protocol {text!r} names an attack twice")
+    return attacks
 
 
 def _parse(text: str, threat: Threat) -> Attack:

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Generator, Tensor, nn
 
 from redan.attacks.base import Attack
@@ -18,19 +17,25 @@ from redan.methods.targets import Targets
 
 
 class Config(BaseModel):
-    """A frozen piece of a recipe; a key that it does not know is an error."""
+    """A frozen piece of a recipe; a key that it does not know is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class OptimizerConfig(Config):
-    """The optimiser of a phase."""
+    """The optimiser of a phase; ``momentum`` is also Adam's first beta."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(5e-4, ge=0)
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> "OptimizerConfig":
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError(f"nesterov needs sgd with momentum, got {self.name} with momentum {self.momentum}")
+        return self
 
 
 class ScheduleConfig(Config):
@@ -201,10 +206,9 @@ class NetworkMethod(Method):
         self.search.refresh()
         return self.adversary.attack.run(self.search, batch.images, batch.labels, self.draws).images
 
-    @torch.no_grad()
     def clean_logits(self, images: Tensor) -> Tensor:
         """See ``Method.clean_logits``."""
-        return self.search.logits(images)
+        return self.search.exact_logits(images)
 
     def deployed(self) -> nn.Module:
         """The network itself."""

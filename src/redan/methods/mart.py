@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from redan.data.types import Batch
@@ -25,7 +24,7 @@ class MART(NetworkMethod):
 
     def __init__(self, *args: Any, beta: float = 5.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if beta < 0:
+        if not 0 <= beta < float("inf"):
             raise UserError(f"MART takes a beta of at least 0, got {beta}")
         self.beta = beta
 
@@ -48,5 +47,5 @@ class MART(NetworkMethod):
             boosted + self.beta * weighted,
             clean_logits=clean,
             adversarial_logits=attacked,
-            scalars={"loss_bce": boosted.detach(), "loss_kl": weighted.detach(), "weight": torch.mean(weight).detach()},
+            scalars={"loss_bce": boosted.detach(), "loss_kl": weighted.detach(), "weight": weight.detach().mean()},
         )

@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from redan.errors import unknown
+from redan.errors import UserError, unknown
 from redan.methods.base import Adversary, NetworkMethod
 from redan.methods.mart import MART
 from redan.methods.pgd_at import PGDAT
 from redan.methods.standard import Standard
 from redan.methods.targets import Targets
 from redan.methods.trades import TRADES
+from redan.threats import parse_number
 
 METHODS: dict[str, type[NetworkMethod]] = {"standard": Standard, "pgd-at": PGDAT, "trades": TRADES, "mart": MART}
 
@@ -33,7 +34,12 @@ def build_method(
         UserError: for an unknown name or option, or an option out of range.
     """
     known = method_options(name)
-    for option in options:
+    numbers = {}
+    for option, value in options.items():
         if option not in known:
             raise unknown(f"option of method {name}", option, known)
-    return METHODS[name](network, adversary=adversary, targets=targets, **options)
+        try:
+            numbers[option] = parse_number(value)
+        except UserError as error:
+            raise UserError(f"method {name}: {option}: {error}") from error
+    return METHODS[name](network, adversary=adversary, targets=targets, **numbers)

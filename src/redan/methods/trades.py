@@ -24,7 +24,7 @@ class TRADES(NetworkMethod):
 
     def __init__(self, *args: Any, beta: float = 6.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if beta < 0:
+        if not 0 <= beta < float("inf"):
             raise UserError(f"TRADES takes a beta of at least 0, got {beta}")
         self.beta = beta
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from redan.data.types import Batch
 from redan.methods.base import Config, Method, Wrapper
@@ -19,7 +20,8 @@ class WeightAveragingConfig(Config):
 
     ``ema``: after each step ``average <- decay * average + (1 - decay) * weights``, BatchNorm's statistics likewise.
     ``swa``: the plain mean of a snapshot every ``every`` steps, its BatchNorm re-estimated after each epoch on
-    ``batches`` batches of training examples. Both begin at epoch ``start``; until then the average is the weights.
+    ``batches`` batches of training examples. Both begin at epoch ``start``; until the first snapshot the average is the
+    weights.
     """
 
     kind: Literal["ema", "swa"] = "ema"
@@ -52,16 +54,17 @@ class WeightAveraging(Wrapper):
         """Move the average."""
         super().after_step()
         self.steps += 1
-        if self.epoch < self.config.start:
+        due = self.config.kind == "ema" or self.steps % self.config.every == 0
+        if self.epoch >= self.config.start and due:
+            self.snapshots += 1
+        elif self.snapshots:
+            return  # between two snapshots the average stands still
+        if self.snapshots <= 1:
             share = 1.0
         elif self.config.kind == "ema":
-            share = 1 - self.config.decay if self.snapshots else 1.0
-            self.snapshots += 1
-        elif self.steps % self.config.every == 0:
-            self.snapshots += 1
-            share = 1 / float(self.snapshots)
+            share = 1 - self.config.decay
         else:
-            return
+            share = 1 / float(self.snapshots)
         mine, theirs = self.average.state_dict(), self.inner.state_dict()
         for name, value in theirs.items():
             if value.is_floating_point():
@@ -69,23 +72,29 @@ class WeightAveraging(Wrapper):
             else:
                 mine[name].copy_(value)
 
+    @torch.no_grad()
     def after_epoch(self, batches: Callable[[], Iterable[Batch]]) -> None:
         """Re-estimate BatchNorm for the mean of snapshots: the mean of statistics is not the mean's statistics."""
         super().after_epoch(batches)
-        norms = [m for m in self.average.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = {k: m for k, m in self.average.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
         if self.config.kind != "swa" or not self.snapshots or not norms:
             return
-        usual = norms[0].momentum
-        for norm in norms:
-            norm.reset_running_stats()
+        fresh = {
+            f"{name}.{key}": torch.zeros_like(buffer)
+            for name, norm in norms.items()
+            for key, buffer in norm.named_buffers(recurse=False)
+        }
+        momenta = {name: norm.momentum for name, norm in norms.items()}
+        for norm in norms.values():
             norm.momentum = None  # the cumulative mean
         self.average.train()
-        with torch.no_grad():
-            for i, batch in enumerate(islice(batches(), self.config.batches)):
-                self.average.before_step(self.epoch, generator("statistics", i))
-                self.average(batch)
-        for norm in norms:
-            norm.momentum = usual
+        for i, batch in enumerate(islice(batches(), self.config.batches)):
+            self.average.before_step(self.epoch, generator("statistics", i))
+            # The attack meets the old statistics: on hardly begun ones it would attack another network.
+            functional_call(self.average, fresh, (batch, self.average.perturb(batch)))
+        self.average.load_state_dict(fresh, strict=False)
+        for name, norm in norms.items():
+            norm.momentum = momenta[name]
 
     def deployed(self) -> nn.Module:
         """The averaged network."""

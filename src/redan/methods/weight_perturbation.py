@@ -33,7 +33,8 @@ class WeightPerturbation(Wrapper):
 
     def loss(self, batch: Batch, adversarial: Tensor) -> StepOutput:
         """See ``Method.loss``."""
-        if self.epoch < self.config.start:
+        # Without gradients, as when statistics are re-estimated, there is nothing to perturb.
+        if self.epoch < self.config.start or not torch.is_grad_enabled():
             return self.inner.loss(batch, adversarial)
         weights = {name: p for name, p in self.inner.named_parameters() if p.requires_grad and p.dim() > 1}
         buffers = {name: buffer.clone() for name, buffer in self.inner.named_buffers()}

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from redan.attacks.pgd import PGD
+from redan.attacks.search import Precision
 from redan.data.pipeline import balanced_subset, split_validation
 from redan.data.types import Dataset, Facts, ImageSet
 from redan.errors import UserError
@@ -37,13 +38,20 @@ def split(recipe: Recipe, dataset: Dataset) -> tuple[ImageSet, ImageSet]:
 def image_size(recipe: Recipe, facts: Facts) -> int:
     """Side of the images that the network sees: the crop's, or the data set's."""
     size = recipe.data.crop or facts.size
-    if size > facts.size + 2 * recipe.data.padding:
-        raise UserError(f"data.crop: {size} does not fit images of {facts.size} with padding {recipe.data.padding}")
+    if size > facts.size:  # validation and evaluation take the middle of an image, where there is no padding
+        raise UserError(f"data.crop: {size} is more than the {facts.size} pixels of an image's side")
     return size
 
 
-def build(recipe: Recipe, facts: Facts, *, compile: bool = False) -> Method:
-    """The method of a recipe around a fresh network, initialised by the recipe's seed."""
+def build(recipe: Recipe, facts: Facts, *, precision: Precision = "auto", compile: bool = False) -> Method:
+    """The method of a recipe around a fresh network, initialised by the recipe's seed.
+
+    Args:
+        recipe: what to build.
+        facts: of the images that the network is for.
+        precision: of the training attack.
+        compile: whether the attack's search copy is compiled.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "weights"))
         network = build_model(
@@ -65,7 +73,7 @@ def build(recipe: Recipe, facts: Facts, *, compile: bool = False) -> Method:
             start=config.start or family.attack_start,
             drop_broken=False,
         )
-        adversary = Adversary(attack, config.mode, config.precision, compile)
+        adversary = Adversary(attack, config.mode, precision, compile)
     targets = LabelSmoothing(recipe.label_smoothing)
     method: Method = build_method(
         recipe.method.name, network, adversary=adversary, targets=targets, **recipe.method.options

@@ -18,7 +18,15 @@ from redan.methods.weight_perturbation import WeightPerturbationConfig
 from redan.models.registry import model_options
 from redan.threats import Threat, parse_number, parse_threat
 
-Number = Annotated[float, BeforeValidator(parse_number)]
+
+def _number(value: Any) -> float:
+    try:
+        return parse_number(value)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
+Number = Annotated[float, BeforeValidator(_number)]
 
 
 class DataConfig(Config):
@@ -45,7 +53,8 @@ class NamedOptions(Config):
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, dict) and "options" not in value:
-            return {"name": value.get("name"), "options": {k: v for k, v in value.items() if k != "name"}}
+            named = {k: v for k, v in value.items() if k == "name"}
+            return {**named, "options": {k: v for k, v in value.items() if k != "name"}}
         return value
 
 
@@ -144,9 +153,8 @@ def load_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> 
         path = shipped[str(recipe)]
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise UserError(f"cannot read the recipe {path}: {reason}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the recipe {path}: {_reason(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"the recipe {path} is not a mapping of keys to values")
     for key, value in (overrides or {}).items():
@@ -170,19 +178,32 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
             raise UserError(f"an override is written KEY=VALUE, such as optimizer.lr=0.05, got {assignment!r}")
         try:
             overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (ValueError, yaml.YAMLError) as error:
             raise UserError(f"the value of override {assignment!r} is not valid YAML") from error
     return overrides
 
 
 def _override(content: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:
     for key in keys[:-1]:
-        if content.get(key) is None:
-            content[key] = {}
-        content = content[key]
-        if not isinstance(content, dict):
+        below = content.get(key)
+        if below is None:
+            below = {}
+        elif isinstance(below, str) and key in ("model", "method"):
+            below = {"name": below}  # the short form
+        if not isinstance(below, dict):
             raise UserError(f"override {whole!r}: {key} has no keys below it")
+        content[key] = below
+        content = below
     content[keys[-1]] = value
+
+
+def _reason(error: OSError | ValueError | yaml.YAMLError) -> str:
+    """Why a file could not be read, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0]
 
 
 def _explain(error: ValidationError) -> str:
@@ -196,6 +217,8 @@ def _explain(error: ValidationError) -> str:
         return f"no key {where!r}{hint} (there are: {', '.join(known)})"
     if fault["type"] == "missing":
         return f"the key {where!r} is missing"
+    if fault["type"] == "value_error":  # from a check of redan's own, which says what it got
+        return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
     return f"{where}: {fault['msg']}, got {fault['input']!r}"
 
 

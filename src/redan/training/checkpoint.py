@@ -28,5 +28,5 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         index, _, key = rest.partition("/")
         parameter = parameters[int(index)]
         if value.shape == parameter.shape:
-            value = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(value).detach()
+            value = torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][key] = value

@@ -2,7 +2,7 @@
 
 import torch
 
-from redan.attacks.search import has_fast_bfloat16
+from redan.attacks.search import Precision, has_fast_bfloat16
 from redan.recipes.schema import Recipe
 
 # Forward passes of the training attack from which a compiled search copy earns the minute that compiling takes.
@@ -16,6 +16,11 @@ def worth_compiling(recipe: Recipe, steps: int, device: torch.device) -> bool:
     return passes >= WORTH_COMPILING and (device.type == "cuda" or (device.type == "cpu" and amx()))
 
 
-def trains_in_bfloat16(recipe: Recipe, device: torch.device) -> bool:
-    """Whether the training step itself runs in mixed bfloat16: by the recipe, or where the device has it natively."""
-    return recipe.precision == "bfloat16" or (recipe.precision == "auto" and has_fast_bfloat16(device))
+def resolved(precision: Precision, device: torch.device) -> Precision:
+    """``auto`` as what the device is good at: bfloat16 where it has it natively, else float32.
+
+    By the hardware alone: a choice that looked at the weights could fall otherwise after a resume.
+    """
+    if precision != "auto":
+        return precision
+    return "bfloat16" if has_fast_bfloat16(device) else "float32"

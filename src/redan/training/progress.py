@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 def percent(share: float | None) -> str:
@@ -17,29 +17,26 @@ class TrainingProgress:
     """Shows epoch, loss, training accuracies and the time left, on standard error.
 
     Args:
-        name: of the run.
         epochs: in all.
         steps: an epoch.
         done: steps that an earlier session finished.
         show: False shows nothing.
     """
 
-    def __init__(self, name: str, epochs: int, steps: int, done: int, *, show: bool) -> None:
+    def __init__(self, epochs: int, steps: int, done: int, *, show: bool) -> None:
         self._epochs, self._steps, self._done = epochs, steps, done
         self._console = Console(stderr=True, quiet=not show)
         self._started, self._began_at = time.monotonic(), done
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=10),
             TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=self._console,
             disable=not show or not sys.stderr.isatty(),
         )
-        self._task = self._bar.add_task(name, total=epochs * steps, completed=done, state="")
+        self._task = self._bar.add_task("", total=epochs * steps, completed=done, epoch="", state="")
 
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()
@@ -53,8 +50,8 @@ class TrainingProgress:
     def step(self, epoch: int, loss: float, clean: float | None, robust: float | None) -> None:
         """One step is done, in epoch number ``epoch`` (from 1); the figures are of this epoch so far."""
         self._done += 1
-        state = f"epoch {epoch}/{self._epochs}  loss {loss:.3f}  clean {percent(clean)}  robust {percent(robust)}"
-        self._bar.update(self._task, completed=self._done, state=state)
+        state = f"loss {loss:.3f}  clean {percent(clean)}  robust {percent(robust)} "
+        self._bar.update(self._task, completed=self._done, epoch=f"{epoch}/{self._epochs}", state=state)
 
     def epoch(self, record: dict[str, float | int | str | None]) -> None:
         """An epoch is done, with its record for ``metrics.jsonl``."""

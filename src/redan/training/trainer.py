@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -22,7 +23,7 @@ from redan.attacks.pgd import PGD
 from redan.attacks.search import SearchModel
 from redan.data.pipeline import Augmentation, TrainingBatches, center_crop, to_float
 from redan.data.registry import load_dataset
-from redan.data.types import ImageSet
+from redan.data.types import Batch, ImageSet
 from redan.errors import Stopped, UserError
 from redan.files import write_atomically
 from redan.methods.base import Method, Phase, StepOutput
@@ -31,7 +32,7 @@ from redan.recipes.schema import Recipe, load_recipe
 from redan.seeds import derive_seed, generator
 from redan.tensors import load_tensors, save_tensors
 from redan.training.checkpoint import optimizer_tensors, restore_optimizer
-from redan.training.hardware import trains_in_bfloat16, worth_compiling
+from redan.training.hardware import resolved, worth_compiling
 from redan.training.optim import build_optimizer, learning_rate_factor
 from redan.training.progress import TrainingProgress
 from redan.version import __version__
@@ -98,7 +99,8 @@ class _Training:
         strategy = "ddp" if devices > 1 else "auto"
         # In float32 for Fabric: its mixed precision would round the images before the attack sees them.
         self.fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy)
-        self.bfloat16 = trains_in_bfloat16(recipe, device)
+        self.bfloat16 = resolved(recipe.precision, device) == "bfloat16"
+        self.attack_precision = resolved(recipe.attack.precision, device)
         self.fabric.launch()
         if recipe.batch_size % devices:
             raise UserError(f"batch_size {recipe.batch_size} cannot be shared by {devices} devices")
@@ -116,7 +118,8 @@ class _Training:
             world=devices,
         )
         compile = worth_compiling(recipe, len(self.batches), self.fabric.device)
-        self.method: Method = build(recipe, dataset.facts, compile=compile).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.method: Method = build(recipe, dataset.facts, precision=self.attack_precision, compile=compile)
+        self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.wrapped = self.fabric.setup_module(self.method)
         self.phases = self.method.phases(Phase("training", recipe.epochs, recipe.optimizer, recipe.schedule))
 
@@ -135,7 +138,8 @@ class _Training:
             "device": torch.cuda.get_device_name() if accelerator == "cuda" else platform.processor() or "cpu",
             "devices": devices,
             "threads": torch.get_num_threads(),
-            "precision": "bfloat16" if self.bfloat16 else "float32",
+            "precision": resolved(recipe.precision, device),
+            "attack_precision": self.attack_precision,
             "compiled_attack": compile,
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
@@ -150,13 +154,8 @@ class _Training:
             content = json.dumps(self.environment, indent=1)
             write_atomically(self.folder / "environment.json", content.encode())
         total = sum(phase.epochs for phase in self.phases)
-        self.progress = TrainingProgress(
-            self.recipe.name,
-            total,
-            len(self.batches),
-            self.epoch * len(self.batches) + self.step,
-            show=self.show,
-        )
+        done = self.epoch * len(self.batches) + self.step
+        self.progress = TrainingProgress(total, len(self.batches), done, show=self.show)
         board = self.folder / "tensorboard"
         self.board = SummaryWriter(str(board), purge_step=self.epoch) if self.fabric.is_global_zero else None
         self.saved_at = time.monotonic()
@@ -168,9 +167,14 @@ class _Training:
                         self._run_phase(phase, first, tensors)
                         tensors = {}
                     first += phase.epochs
+        except OSError as error:
+            raise UserError(
+                f"cannot write into {self.folder}: {error.strerror}; the last checkpoint is kept"
+            ) from error
         finally:
             if self.board is not None:
-                self.board.close()
+                with suppress(OSError):  # the disk may be full: what matters was written, or said, before
+                    self.board.close()
 
     def _run_phase(self, phase: Phase, first: int, tensors: dict[str, Tensor]) -> None:
         """Run a phase that begins at epoch ``first`` of the run; ``tensors`` hold its optimiser's state on a resume."""
@@ -182,8 +186,7 @@ class _Training:
             steps = len(self.batches)
             for batch in self.batches.epoch(self.epoch, self.step):
                 done = self.epoch - first + self.step / steps
-                rate = phase.optimizer.lr * learning_rate_factor(phase.schedule, done, phase.epochs)
-                self._train_step(batch, rate)
+                self._train_step(batch, phase.optimizer.lr * learning_rate_factor(phase.schedule, done, phase.epochs))
                 self.step += 1
                 self.sums["seconds"] = time.monotonic() - started
                 if self.stop.requested:
@@ -194,9 +197,9 @@ class _Training:
                     )
                 if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
                     self._save()
-            self._end_epoch(phase, rate)
+            self._end_epoch(phase)
 
-    def _train_step(self, batch: Any, rate: float) -> None:
+    def _train_step(self, batch: Batch, rate: float) -> None:
         place = (self.recipe.seed, "step", self.epoch, self.step, self.fabric.global_rank)
         torch.manual_seed(derive_seed(*place))  # dropout draws from torch's own generator
         self.method.before_step(self.epoch + self.step / len(self.batches), generator(*place, "attack"))
@@ -218,15 +221,15 @@ class _Training:
             torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.recipe.gradient_clip)
         self.optimizer.step()
         self.method.after_step()
-        self._count(batch, output, loss)
+        self._count(batch, output, loss, rate)
 
-    def _count(self, batch: Any, output: StepOutput, loss: float) -> None:
+    def _count(self, batch: Batch, output: StepOutput, loss: float, rate: float) -> None:
         """Add a step to the sums of the epoch."""
         n = len(batch.labels)
         clean, adversarial = output.clean_logits, output.adversarial_logits
         if clean is None and self.step % CLEAN_EVERY == 0:
             clean = self.method.clean_logits(batch.images)
-        additions: dict[str, float] = {"seen": n, "loss": n * loss}
+        additions: dict[str, float] = {"seen": n, "loss": n * loss, "learning_rate": n * rate}
         for name, logits in (("clean", clean), ("robust", adversarial)):
             if logits is not None:
                 additions[name] = int((logits.argmax(1) == batch.labels).sum())
@@ -243,13 +246,13 @@ class _Training:
         seen = self.sums[f"{name}_seen"]
         return self.sums[name] / seen if seen else None
 
-    def _end_epoch(self, phase: Phase, rate: float) -> None:
+    def _end_epoch(self, phase: Phase) -> None:
         self.method.after_epoch(lambda: self.batches.epoch(self.epoch))
         record: Record = {
             "epoch": self.epoch + 1,
             "step": (self.epoch + 1) * len(self.batches),
             "phase": phase.name,
-            "learning_rate": rate,
+            "learning_rate": self.sums["learning_rate"] / self.sums["seen"],
             "loss": self.sums["loss"] / self.sums["seen"],
             "clean_accuracy": self._share("clean"),
             "robust_accuracy": self._share("robust"),
@@ -291,7 +294,7 @@ class _Training:
 
     def _validate(self) -> tuple[float, float]:
         """Clean and PGD accuracy of the present weights on the held-out images, shared by all processes."""
-        search = SearchModel(self.method.deployed(), precision=self.recipe.attack.precision)
+        search = SearchModel(self.method.deployed(), precision=self.attack_precision)
         attack = PGD(self.recipe.parsed_threat(), steps=self.recipe.validation.steps)
         rank, world = self.fabric.global_rank, self.fabric.world_size
         correct = torch.zeros(2, device=self.fabric.device)
@@ -351,9 +354,9 @@ def _check_folder(recipe: Recipe, folder: Path, state_file: Path, resume: bool) 
                 f"{folder} was begun with another recipe ({', '.join(changed)} differ); "
                 f"resume it with: redan train {folder} --out {folder} --resume"
             )
-    elif begun.exists() or state_file.exists():
+    elif state_file.exists():
         raise UserError(f"{folder} holds a run already; go on with it by --resume, or choose another --out")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and not begun.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; choose another --out")
 
 

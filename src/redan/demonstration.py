@@ -5,7 +5,7 @@ from pathlib import Path
 from redan.errors import UserError
 from redan.evaluation.evaluate import evaluate
 from redan.evaluation.results import Evaluation
-from redan.report import write_report
+from redan.reporting import write_report
 from redan.training.trainer import train
 
 RECIPES = ("standard-digits", "pgd-at-digits", "trades-digits")

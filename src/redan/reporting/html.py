@@ -12,8 +12,8 @@ from markupsafe import Markup
 from redan.errors import UserError
 from redan.evaluation.results import Accuracy, Evaluation
 from redan.files import write_atomically
-from redan.report.figures import MARKERS, line_style, magnified, png, radius_figure, training_figures
-from redan.report.runs import Result, Run, read_run
+from redan.reporting.figures import MARKERS, line_style, magnified, png, radius_figure, training_figures
+from redan.reporting.runs import Result, Run, read_run
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     read = {name: read_run(folder) for name, folder in zip(_names(runs), runs, strict=True)}
     evaluated = {f"{name}, {result.name}": result for name, run in read.items() for result in run.results}
     environment = Environment(
-        loader=PackageLoader("redan.report", ""),
+        loader=PackageLoader("redan.reporting", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

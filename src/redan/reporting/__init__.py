@@ -1,5 +1,5 @@
 """Reports: one HTML page made from the folders of runs. It reads files and never a model."""
 
-from redan.report.html import write_report
+from redan.reporting.html import write_report
 
 __all__ = ["write_report"]
