@@ -54,7 +54,7 @@ def test_evaluate_prints_one_json_document(run: Path) -> None:
     assert needed <= document.keys()
     assert document["samples"] == len(document["per_image"]) == 50
     assert document["certified_accuracy"] is None
-    assert document["attacks"].keys() == {"fgsm", "pgd-5"}
+    assert document["attacks"].keys() == {"fgsm", "pgd-5", "curve"}
 
 
 def test_evaluate_prints_a_table_and_findings_exit_with_one(run: Path) -> None:
@@ -101,7 +101,7 @@ def test_recipes_and_data_are_listed_and_shown(tmp_path: Path) -> None:
         ("train pgd-at-digits -o threat=linf", "NORM:RADIUS"),
         ("train pgd-at-digits -o batch_size=99999", "fewer than a batch"),
         ("train pgd-at-digits -o data.validation_samples=2000", "to choose from"),
-        ("train pgd-at-digits -o data.crop=20", "does not fit"),
+        ("train pgd-at-digits -o data.crop=20", "data.crop"),
         ("train pgd-at-digits --data-dir /no/such/folder -o data.name=mnist", "/no/such/folder"),
         ("train missing.yaml", "missing.yaml"),
         ("evaluate no-such-run", "no run folder"),

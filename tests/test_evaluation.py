@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import redan
-from redan.attacks import APGD, FGSM, PGD
+from redan.attacks import APGD, FGSM, PGD, Outcome
 from redan.data.pipeline import to_float
 from redan.data.registry import load_dataset
 from redan.errors import UserError
@@ -89,7 +89,24 @@ def test_the_curve_falls_and_meets_both_accuracies(result: Evaluation) -> None:
     assert radii[0] == 0
     assert values[0] == result.clean_accuracy
     assert all(a >= b for a, b in itertools.pairwise(values))
-    assert values[radii.index(0.15)] <= result.robust_accuracy
+    assert values[radii.index(0.15)] == result.robust_accuracy
+    assert len(radii) == 7
+
+
+def test_a_counterexample_that_only_the_curve_finds_counts(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def idle(text: str, threat: Linf) -> dict[str, object]:
+        return {
+            "idle": types.SimpleNamespace(threat=threat, run=lambda _, x, y, draws: Outcome(x, torch.zeros_like(y)))
+        }
+
+    monkeypatch.setattr(module, "parse_protocol", idle)
+    found = redan.evaluate(copied, samples=60, progress=False)
+    assert list(found.attacks) == ["idle", "curve"]
+    assert found.attacks["idle"] == found.clean_accuracy
+    assert found.robust_accuracy == found.attacks["curve"] < found.clean_accuracy
+    assert all(0 < (row.distance or 1) <= 0.15 for row in found.per_image if row.by == "curve")
+    alone = redan.evaluate(copied, samples=60, curve=False, progress=False)
+    assert alone.robust_accuracy == alone.clean_accuracy
 
 
 def test_same_seed_same_result_and_no_trace_of_time(copied: Path) -> None:

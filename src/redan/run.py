@@ -24,7 +24,9 @@ def read_run(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Recipe, 
     """
     folder = Path(run)
     if not folder.is_dir():
-        raise UserError(f"there is no run folder {folder}")
+        raise UserError(
+            f"{folder} is a file, not a run folder" if folder.exists() else f"there is no run folder {folder}"
+        )
     if not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder} is not a run folder: it has no recipe.yaml")
     path = folder / WEIGHTS[checkpoint]

@@ -87,7 +87,8 @@ class SearchModel:
     def logits(self, images: Tensor) -> Tensor:
         """Logits of the search copy, float32 ``(n, classes)``, differentiable with respect to the images."""
         if self._forward is None:
-            self._prepare(images)
+            with torch.inference_mode(False):  # what is made there could not be differentiated later
+                self._prepare(images)
         images = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
         with torch.autocast(images.device.type, enabled=False):
             logits: Tensor = self._forward(images)
@@ -95,7 +96,11 @@ class SearchModel:
 
     def gradient(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``(n, classes)``, objective ``(n,)`` and its gradient with respect to the images ``(n, c, h, w)``."""
-        logits, values, gradient = _differentiate(self.logits, images, lambda logits: objective(logits, reference))
+
+        def value(logits: Tensor) -> Tensor:
+            return objective(logits, reference.clone())  # what a caller made in inference mode allows no backward pass
+
+        logits, values, gradient = _differentiate(self.logits, images, value)
         if gradient is None:
             raise UserError("the model's logits do not depend on the images by any gradient, so this cannot attack it")
         # One infinite slope in the model must not turn the whole image into NaN.
@@ -107,6 +112,11 @@ class SearchModel:
         with torch.autocast(images.device.type, enabled=False):
             logits: Tensor = self._exact(images)
         return logits.float()
+
+    def _evaluated(self, images: Tensor) -> Tensor:
+        """The original in evaluation mode, searched as it is."""
+        logits: Tensor = self._exact(images)
+        return logits
 
     def broken(self, images: Tensor, labels: Tensor) -> Tensor:
         """Which images the original misclassifies in float32 and evaluation mode: bool ``(n,)``."""
@@ -120,7 +130,7 @@ class SearchModel:
         if self._mode == "train":
             self._forward = _twin(self._original, training=True)
             return
-        self._forward = lambda images: self._exact(images)
+        self._forward = self._evaluated
         folded, sample = _FoldedCopy.of(self._exact), images[:8].detach()
         if folded is None or not _is_faithful(folded.module, self._exact, sample):
             return
@@ -137,9 +147,13 @@ class SearchModel:
 def _differentiate(
     forward: Callable[[Tensor], Tensor], images: Tensor, value: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits, ``value(logits)`` and the gradient of its sum in the images; None where there is no path back to them."""
-    with torch.enable_grad():
-        leaf = images.detach().requires_grad_()
+    """Logits, ``value(logits)`` and the gradient of its sum in the images; None where there is no path back to them.
+
+    Whatever mode the caller is in: inference mode forbids gradients, autocast would round the backward pass.
+    """
+    no_autocast = torch.autocast(images.device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), no_autocast:
+        leaf = images.detach().clone().requires_grad_()
         logits = forward(leaf)
         values = value(logits)
         gradient = torch.autograd.grad(values.sum(), leaf, allow_unused=True)[0] if values.requires_grad else None
@@ -157,11 +171,10 @@ def _is_faithful(traced: nn.Module, original: nn.Module, images: Tensor) -> bool
         return (logits.float() * torch.linspace(-1, 1, logits.shape[1], device=logits.device)).sum(1)
 
     before = _random_state(images.device)
-    with torch.autocast(images.device.type, enabled=False):
-        exact, _, exact_gradient = _differentiate(original, images, weighted)
-        if _random_state(images.device) != before:
-            return False
-        logits, _, gradient = _differentiate(traced, images, weighted)
+    exact, _, exact_gradient = _differentiate(original, images, weighted)
+    if _random_state(images.device) != before:
+        return False
+    logits, _, gradient = _differentiate(traced, images, weighted)
     if gradient is None or exact_gradient is None:
         return False
     error = (gradient - exact_gradient).flatten(1).norm(dim=1)
@@ -236,14 +249,16 @@ class _FoldedCopy:
                 self._convolutions.append((folded, convolution, batch_norm))
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
+        keeps_float32: list[nn.Module] = []
         if dtype != torch.float32:
             self._cast_after_normalisation(graph, dtype)
+            keeps_float32 = self._cast_before_head(graph)
         self.module.delete_all_unused_submodules()
         self.module.recompile()
         self.module.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for module in self.module.modules():
-            if isinstance(module, (Normalise, nn.BatchNorm2d)):
-                module.float()  # constants of few numbers: precision is free
+            if isinstance(module, (Normalise, nn.BatchNorm2d)) or module in keeps_float32:
+                module.float()  # few numbers: precision is free
         covered = {id(folded) for folded, _, _ in self._convolutions}
         self._plain = [
             (mine, theirs)
@@ -271,6 +286,22 @@ class _FoldedCopy:
         with graph.inserting_after(node):
             cast = graph.call_method("to", (node, dtype))
         node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+
+    def _cast_before_head(self, graph: fx.Graph) -> list[nn.Module]:
+        """A last linear layer computes in float32: rounded logits hide small gains from who compares objectives.
+
+        Returns the layer, if there is one.
+        """
+        output = next(node for node in graph.nodes if node.op == "output")
+        head = output.args[0]
+        assert isinstance(head, fx.Node)
+        layer = self.module.get_submodule(str(head.target)) if head.op == "call_module" else None
+        if not isinstance(layer, nn.Linear):
+            return []
+        with graph.inserting_before(head):
+            cast = graph.call_method("to", (head.args[0], torch.float32))
+        head.update_arg(0, cast)
+        return [layer]
 
     @torch.no_grad()
     def refresh(self) -> None:

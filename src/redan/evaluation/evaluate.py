@@ -33,7 +33,8 @@ from redan.threats import Threat, parse_threat
 from redan.version import __version__
 
 BATCH = 250
-CURVE_RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # in units of the threat's radius
+CURVE_RADII = (0.25, 0.5, 0.75, 1.5, 2.0)  # in units of the threat's radius, at which the attacks themselves stand
+CURVE = "curve"  # what an image fell to that only the search at a smaller radius could break
 GALLERY = 12
 
 
@@ -112,10 +113,9 @@ def evaluate(
             for i, (title, method) in enumerate(attacks.items()):
                 bar.update(start, title, sum(row.verdict == "unknown" for row in rows) + int(examined.stands.sum()))
                 examined.meet(title, method, generator(seed, "evaluate", i, start))
-            if curve:
-                for scale in CURVE_RADII:
-                    bar.update(start, f"radius x{scale:g}", None)
-                    examined.probe(dataclasses.replace(parsed, radius=scale * parsed.radius), seed)
+            for scale in CURVE_RADII if curve else ():
+                bar.update(start, f"radius x{scale:g}", None)
+                examined.probe(dataclasses.replace(parsed, radius=scale * parsed.radius), parsed.radius, seed)
             least[start : start + len(labels)] = examined.least.cpu()
             new_rows = examined.rows()
             for k in [k for k, row in enumerate(new_rows) if row.verdict == "falsified"][: GALLERY - len(pictures)]:
@@ -126,7 +126,7 @@ def evaluate(
     clean = Accuracy.of(sum(row.verdict != "misclassified" for row in rows), count)
     robust = Accuracy.of(sum(row.verdict == "unknown" for row in rows), count)
     standing, after = clean.correct, {}
-    for title in attacks:
+    for title in [*attacks, *([CURVE] if curve else [])]:
         standing -= sum(row.by == title for row in rows)
         after[title] = standing / count
     result = Evaluation(
@@ -189,12 +189,20 @@ class _Batch:
         for k in fell.tolist():
             self.fallen_to[k] = title
 
-    def probe(self, threat: Threat, seed: int) -> None:
-        """Look for adversarial images within another radius, for the curve; verdicts stay as they are."""
-        attack = PGD(threat, steps=20)
+    def probe(self, threat: Threat, asked: float, seed: int) -> None:
+        """Look for adversarial images within another radius than the one ``asked`` for, for the curve.
+
+        What is found within the asked radius counts there, too: no counterexample is ever dropped.
+        """
         unbroken = self.least > threat.radius
-        fell, _, distances = self._attack(attack, unbroken, generator(seed, "curve", repr(threat.radius), self.start))
+        draws = generator(seed, "curve", repr(threat.radius), self.start)
+        fell, images, distances = self._attack(PGD(threat, steps=20), unbroken, draws)
         self.least[fell] = torch.minimum(self.least[fell], distances)
+        newly = self.stands[fell] & (distances <= asked)
+        self.adversarial[fell[newly]] = images[newly]
+        self.stands[fell[newly]] = False
+        for k in fell[newly].tolist():
+            self.fallen_to[k] = CURVE
 
     def _attack(self, attack: Attack, who: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Positions of those that fell, their adversarial images, and how far these are in the threat's norm."""
@@ -234,11 +242,12 @@ class _Batch:
 
 def _curve(threat: Threat, clean: Accuracy, least: Tensor) -> tuple[CurvePoint, ...]:
     """Accuracy at each radius: an image stands where no adversarial image as near as that is known."""
-    points = [CurvePoint(radius=0.0, accuracy=clean)]
-    for scale in CURVE_RADII:
-        radius = scale * threat.radius
-        points.append(CurvePoint(radius=radius, accuracy=Accuracy.of(int((least > radius).sum()), clean.samples)))
-    return tuple(points)
+    radii = [0.0, *sorted(scale * threat.radius for scale in (*CURVE_RADII, 1.0))]
+    standing = [clean.correct if radius == 0 else int((least > radius).sum()) for radius in radii]
+    return tuple(
+        CurvePoint(radius=radius, accuracy=Accuracy.of(correct, clean.samples))
+        for radius, correct in zip(radii, standing, strict=True)
+    )
 
 
 def _gallery_entry(row: Row) -> GalleryEntry:

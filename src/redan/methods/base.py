@@ -42,14 +42,14 @@ class ScheduleConfig(Config):
     """The learning rate over a phase, as a factor of the optimiser's ``lr``.
 
     ``multistep``: times ``factor`` at each of ``milestones``. ``cosine``: falls to 0 at the end. ``cyclic``: rises
-    linearly to epoch ``peak``, falls linearly to 0 at the end. All may start with ``warmup`` epochs of linear rise.
-    Epochs count from 0: milestone 75 is after 75 epochs.
+    linearly for the share ``peak`` of the phase, then falls linearly to 0 at its end. All may start with ``warmup``
+    epochs of linear rise. Epochs count from 0: milestone 75 is after 75 epochs.
     """
 
     name: Literal["constant", "multistep", "cosine", "cyclic"] = "constant"
     milestones: tuple[float, ...] = ()
     factor: float = Field(0.1, gt=0, le=1)
-    peak: float = Field(0.0, ge=0)
+    peak: float = Field(0.4, ge=0, lt=1)
     warmup: float = Field(0.0, ge=0)
 
 

@@ -62,7 +62,7 @@ def build_model(
     for option, value in options.items():
         if option not in known:
             raise unknown(f"option of model {name}", option, known)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"model {name}: {option} is a whole number of at least 1, got {value!r}")
     decided = {"in_channels": in_channels, "classes": classes}
     if "size" in inspect.signature(MODELS[name]).parameters:  # networks that pool globally take any size

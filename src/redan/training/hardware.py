@@ -1,8 +1,12 @@
 """What the hardware is good for: the precision of the training step, and whether compiling pays."""
 
+import os
+import shutil
+
 import torch
 
 from redan.attacks.search import Precision, has_fast_bfloat16
+from redan.methods.registry import METHODS
 from redan.recipes.schema import Recipe
 
 # Forward passes of the training attack from which a compiled search copy earns the minute that compiling takes.
@@ -10,10 +14,21 @@ WORTH_COMPILING = 50_000
 
 
 def worth_compiling(recipe: Recipe, steps: int, device: torch.device) -> bool:
-    """Whether a run is long enough, on hardware where compiling helps (CUDA, AMX), to compile the search copy."""
-    passes = steps * recipe.epochs * (recipe.attack.steps if recipe.method.name != "standard" else 0)
+    """Whether a run earns the minute that compiling the attack's search copy takes.
+
+    It does where the run is long, the hardware gains from it (CUDA, AMX; measured elsewhere, it does not) and there is
+    a compiler for torch to call.
+
+    Args:
+        recipe: of the run.
+        steps: an epoch.
+        device: that trains.
+    """
+    if not METHODS[recipe.method.name].attacks or steps * recipe.epochs * recipe.attack.steps < WORTH_COMPILING:
+        return False
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return passes >= WORTH_COMPILING and (device.type == "cuda" or (device.type == "cpu" and amx()))
+    gains = device.type == "cuda" or (device.type == "cpu" and amx())
+    return gains and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def resolved(precision: Precision, device: torch.device) -> Precision:

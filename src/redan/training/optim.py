@@ -42,10 +42,9 @@ def learning_rate_factor(schedule: ScheduleConfig, epoch: float, epochs: int) ->
             return schedule.factor ** sum(epoch >= milestone for milestone in schedule.milestones)
         case "cosine":
             progress = (epoch - schedule.warmup) / max(epochs - schedule.warmup, 1e-9)
-            return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+            return 0.5 * (1 + math.cos(math.pi * progress))
         case "cyclic":
-            if epoch < schedule.peak:
-                return epoch / schedule.peak
-            return max(0.0, (epochs - epoch) / max(epochs - schedule.peak, 1e-9))
+            progress = epoch / epochs
+            return progress / schedule.peak if progress < schedule.peak else (1 - progress) / (1 - schedule.peak)
         case _:
             return 1.0

@@ -74,6 +74,8 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
+    elif overrides:
+        raise UserError("overrides go with the name or the file of a recipe; a Recipe object is taken as it is")
     run = Path(out) if out is not None else Path("runs") / recipe.name
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning_fabric")
@@ -95,6 +97,8 @@ class _Training:
         training, self.held_out = split(recipe, dataset)
 
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        if accelerator == "cuda" and devices > torch.cuda.device_count():
+            raise UserError(f"--devices {devices}, but this machine has {torch.cuda.device_count()} GPUs")
         device = torch.device(accelerator)
         strategy = "ddp" if devices > 1 else "auto"
         # In float32 for Fabric: its mixed precision would round the images before the attack sees them.
@@ -219,9 +223,9 @@ class _Training:
         self.fabric.backward(output.loss)
         if self.recipe.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.recipe.gradient_clip)
+        self._count(batch, output, loss, rate)  # before the weights move: both accuracies are of the same ones
         self.optimizer.step()
         self.method.after_step()
-        self._count(batch, output, loss, rate)
 
     def _count(self, batch: Batch, output: StepOutput, loss: float, rate: float) -> None:
         """Add a step to the sums of the epoch."""
