@@ -67,7 +67,7 @@ def test_rows_agree_with_the_network(result: Evaluation, copied: Path) -> None:
 
 
 def test_the_gallery_holds_confirmed_adversarial_images(result: Evaluation, copied: Path) -> None:
-    (file,) = (copied / "results").glob("pgd-20+apgd-linf_0.15-120-best-seed0.safetensors")
+    (file,) = (copied / "results").glob("pgd-20_cw+apgd-linf_0.15-120-best-seed0.safetensors")
     tensors, _ = load_tensors(file)
     images, adversarials = tensors["images"], tensors["adversarials"]
     assert len(images) == len(result.gallery) == 12

@@ -133,7 +133,7 @@ def evaluate(
     ] = None,
     attack: Annotated[
         str | None,
-        typer.Option("--attack", help="Attacks in order, such as fgsm, pgd-20, apgd:dlr, pgd-20+apgd (default)."),
+        typer.Option("--attack", help="Attacks in order, such as fgsm, pgd-50, apgd:dlr; pgd-20:cw+apgd if not given."),
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", help="The first N test images; all if not given.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the attacks.")] = 0,

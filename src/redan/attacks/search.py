@@ -10,6 +10,7 @@ import copy
 import pickle
 import random
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -109,7 +110,7 @@ class SearchModel:
     @torch.no_grad()
     def exact_logits(self, images: Tensor) -> Tensor:
         """Logits of the original in float32 and evaluation mode, ``(n, classes)``."""
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False), _no_tf32(images.device):
             logits: Tensor = self._exact(images)
         return logits.float()
 
@@ -142,6 +143,14 @@ class SearchModel:
                 folded = reduced if self._precision == "bfloat16" or _agree(logits, exact, 0.1) else folded
         self._copy = folded
         self._forward = torch.compile(folded.module) if self._compile else folded.module
+
+
+def _no_tf32(device: torch.device) -> AbstractContextManager[None]:
+    """CUDA's convolutions round float32 to 19 bits unless told not to."""
+    if device.type != "cuda":
+        return nullcontext()
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
 
 
 def _differentiate(

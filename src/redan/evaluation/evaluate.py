@@ -100,7 +100,9 @@ def evaluate(
         raise UserError(f"--samples is between 1 and {len(dataset.test)} for {name}, got {samples}")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    search = SearchModel(network.to(device))
+    network.to(device)
+    # The last attack searches in float32: bfloat16 misses a few in a thousand images, and few are left to pay for it.
+    fast, exact = SearchModel(network), SearchModel(network, precision="float32")
     started = time.perf_counter()
     rows: list[Row] = []
     pictures: list[tuple[Tensor, Tensor]] = []
@@ -109,10 +111,11 @@ def evaluate(
     with EvaluationProgress(count, show=progress) as bar:
         for start in range(0, count, BATCH):
             images, labels = _batch(dataset.test, start, min(start + BATCH, count), subject.size, device)
-            examined = _Batch(search, images, labels, start, len(dataset.class_names))
+            examined = _Batch(fast, images, labels, start, len(dataset.class_names))
             for i, (title, method) in enumerate(attacks.items()):
                 bar.update(start, title, sum(row.verdict == "unknown" for row in rows) + int(examined.stands.sum()))
-                examined.meet(title, method, generator(seed, "evaluate", i, start))
+                search = exact if i == len(attacks) - 1 else fast
+                examined.meet(title, method, search, generator(seed, "evaluate", i, start))
             for scale in CURVE_RADII if curve else ():
                 bar.update(start, f"radius x{scale:g}", None)
                 examined.probe(dataclasses.replace(parsed, radius=scale * parsed.radius), parsed.radius, seed)
@@ -180,9 +183,9 @@ class _Batch:
         self.calls = torch.ones_like(labels)
         self.least = torch.where(self.stands, math.inf, 0.0).double()
 
-    def meet(self, title: str, attack: Attack, draws: torch.Generator) -> None:
+    def meet(self, title: str, attack: Attack, search: SearchModel, draws: torch.Generator) -> None:
         """Those that stand meet an attack; who falls is confirmed once more and keeps its adversarial image."""
-        fell, images, distances = self._attack(attack, self.stands, draws)
+        fell, images, distances = self._attack(attack, search, self.stands, draws)
         self.adversarial[fell] = images
         self.least[fell] = torch.minimum(self.least[fell], distances)
         self.stands[fell] = False
@@ -196,7 +199,7 @@ class _Batch:
         """
         unbroken = self.least > threat.radius
         draws = generator(seed, "curve", repr(threat.radius), self.start)
-        fell, images, distances = self._attack(PGD(threat, steps=20), unbroken, draws)
+        fell, images, distances = self._attack(PGD(threat, steps=20), self.search, unbroken, draws)
         self.least[fell] = torch.minimum(self.least[fell], distances)
         newly = self.stands[fell] & (distances <= asked)
         self.adversarial[fell[newly]] = images[newly]
@@ -204,13 +207,15 @@ class _Batch:
         for k in fell[newly].tolist():
             self.fallen_to[k] = CURVE
 
-    def _attack(self, attack: Attack, who: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _attack(
+        self, attack: Attack, search: SearchModel, who: Tensor, draws: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Positions of those that fell, their adversarial images, and how far these are in the threat's norm."""
         positions = who.nonzero().squeeze(1)
         if not len(positions):
             return positions, self.images[positions], self.least[positions]
         images, labels = self.images[positions], self.labels[positions]
-        outcome = attack.run(self.search, images, labels, draws)
+        outcome = attack.run(search, images, labels, draws)
         self.calls[positions] += outcome.calls + 1
         fell = self.search.broken(outcome.images, labels) & attack.threat.contains(outcome.images, images)
         distances = attack.threat.distance(outcome.images, images)

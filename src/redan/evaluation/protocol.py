@@ -13,7 +13,8 @@ from redan.attacks.pgd import FGSM, PGD
 from redan.errors import UserError, unknown
 from redan.threats import Threat
 
-DEFAULT = "pgd-20+apgd"
+# The margin first: where a network's logits are large, cross-entropy runs out of gradient and the margin does not.
+DEFAULT = "pgd-20:cw+apgd"
 ATTACKS = ("fgsm", "pgd", "apgd")
 _PART = re.compile(r"(?P<name>[a-z]+)(-(?P<steps>\d+))?(:(?P<objective>\w+))?")
 
