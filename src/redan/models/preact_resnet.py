@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from redan.models.norms import Normalise
+from redan.models.stages import stages
 
 
 class PreActBlock(nn.Module):
@@ -45,18 +46,11 @@ class PreActResNet(nn.Module):
         super().__init__()
         self.normalise = normalise
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
-        channels = width
-        stages = []
-        for i, depth in enumerate(depths):
-            blocks = []
-            for j in range(depth):
-                blocks.append(PreActBlock(channels, width * 2**i, stride=2 if i > 0 and j == 0 else 1))
-                channels = width * 2**i
-            stages.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.bn = nn.BatchNorm2d(channels)
+        widths = [width * 2**i for i in range(4)]
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages(PreActBlock, width, widths, depths)
+        self.bn = nn.BatchNorm2d(widths[-1])
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(channels, classes)
+        self.linear = nn.Linear(widths[-1], classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv1(self.normalise(images))

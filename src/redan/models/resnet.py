@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from redan.models.norms import Normalise
+from redan.models.stages import stages
 
 
 class BasicBlock(nn.Module):
@@ -46,17 +47,10 @@ class ResNet(nn.Module):
         self.normalise = normalise
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        channels = width
-        stages = []
-        for i, depth in enumerate(depths):
-            blocks = []
-            for j in range(depth):
-                blocks.append(BasicBlock(channels, width * 2**i, stride=2 if i > 0 and j == 0 else 1))
-                channels = width * 2**i
-            stages.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        widths = [width * 2**i for i in range(4)]
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages(BasicBlock, width, widths, depths)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(channels, classes)
+        self.linear = nn.Linear(widths[-1], classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(self.normalise(images))))

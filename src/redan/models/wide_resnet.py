@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from redan.models.norms import Normalise
 from redan.models.preact_resnet import PreActBlock
+from redan.models.stages import stages
 
 
 class WideResNet(nn.Module):
@@ -28,18 +29,11 @@ class WideResNet(nn.Module):
             raise ValueError(f"the depth of a WRN is 6 k + 4 (10, 16, 28, 34, 70, ...), got {depth}")
         self.normalise = normalise
         self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
-        channels = 16
-        stages = []
-        for i in range(3):
-            blocks = []
-            for j in range((depth - 4) // 6):
-                blocks.append(PreActBlock(channels, 16 * width * 2**i, stride=2 if i > 0 and j == 0 else 1))
-                channels = 16 * width * 2**i
-            stages.append(nn.Sequential(*blocks))
-        self.block1, self.block2, self.block3 = stages
-        self.bn = nn.BatchNorm2d(channels)
+        widths = [16 * width * 2**i for i in range(3)]
+        self.block1, self.block2, self.block3 = stages(PreActBlock, 16, widths, 3 * [(depth - 4) // 6])
+        self.bn = nn.BatchNorm2d(widths[-1])
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(channels, classes)
+        self.linear = nn.Linear(widths[-1], classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
