@@ -273,15 +273,19 @@ def _listed(value: Any) -> str:
 
 
 def _print_results(results: list[Any]) -> None:
-    rows = []
+    rows = [
+        [result.run, result.threat, str(result.samples), str(result.clean), str(result.robust)] for result in results
+    ]
+    _print_table(("run", "threat", "images", "clean [95 %]", "robust [95 %]"), rows)
     for result in results:
         steps = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result.attacks.items())
-        rows.append([result.run, result.threat, str(result.samples), str(result.clean), str(result.robust), steps])
-    _print_table(("run", "threat", "images", "clean [95 %]", "robust [95 %]", "after each attack"), rows)
+        console.print(f"{result.run} after each attack: {steps}", soft_wrap=True)
 
 
 def _print_table(header: tuple[str, ...], rows: list[list[str]]) -> None:
-    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    table = Table(*header, box=None, pad_edge=False, collapse_padding=True, padding=(0, 1, 0, 0), header_style="bold")
     for row in rows:
         table.add_row(*row)
+    for column in table.columns:
+        column.overflow = "fold"  # a cut name cannot be typed again
     console.print(table)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from redan.attacks.base import Attack
+from redan.attacks.objectives import cw_margin
 from redan.attacks.pgd import PGD
 from redan.attacks.search import SearchModel
 from redan.data.pipeline import center_crop, to_float
@@ -34,7 +35,7 @@ from redan.version import __version__
 
 BATCH = 250
 CURVE_RADII = (0.25, 0.5, 0.75, 1.5, 2.0)  # in units of the threat's radius, at which the attacks themselves stand
-CURVE = "curve"  # what an image fell to that only the search at a smaller radius could break
+CURVE = "curve"  # what an image fell to that only the search at another radius could break
 GALLERY = 12
 
 
@@ -74,7 +75,7 @@ def evaluate(
         samples: the first so many test images, in order; all if None.
         seed: of the attacks.
         checkpoint: of a run: ``best`` or ``last``.
-        curve: also find the accuracy at smaller and larger radii, by PGD.
+        curve: also find the accuracy at smaller and larger radii, by PGD-20 on the margin.
         data: the data set; the run's own if None.
         data_dir: the folder of data sets.
         input_mean: for a network without its normalisation, subtracted from the images.
@@ -199,7 +200,7 @@ class _Batch:
         """
         unbroken = self.least > threat.radius
         draws = generator(seed, "curve", repr(threat.radius), self.start)
-        fell, images, distances = self._attack(PGD(threat, steps=20), self.search, unbroken, draws)
+        fell, images, distances = self._attack(PGD(threat, steps=20, objective=cw_margin), self.search, unbroken, draws)
         self.least[fell] = torch.minimum(self.least[fell], distances)
         newly = self.stands[fell] & (distances <= asked)
         self.adversarial[fell[newly]] = images[newly]
