@@ -116,12 +116,14 @@ class Standing:
         return len(self.rows)
 
     def reference(self, objective: Objective) -> Tensor:
-        """What the objective compares with: the labels, or the clean logits."""
-        if objective.reference == "labels":
-            return self.labels
+        """What the objective compares with: the labels, or the clean logits. A targeted attack knows its own."""
+        return self.labels if objective.reference == "labels" else self.logits(self.center)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits at ``images`` ``(k, c, h, w)``, one forward pass and no gradient."""
         self._calls[self.rows] += 1
         with torch.no_grad():
-            return self._search.logits(self.center)
+            return self._search.logits(images)
 
     def gradient(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, objective and gradient at ``images`` ``(k, c, h, w)``, one forward and one backward pass."""
@@ -151,13 +153,11 @@ class Standing:
 
     def _let_fall(self, images: Tensor, suspects: Tensor) -> Tensor | None:
         """Confirm the suspects, positions among those that stand, on the original; see ``settle``."""
+        suspects = suspects[self._threat.contains(images[suspects], self.center[suspects])]
         if not len(suspects):
             return None
-        attempts = images[suspects]
         self._calls[self.rows[suspects]] += 1
-        confirmed = self._search.broken(attempts, self.labels[suspects])
-        confirmed &= self._threat.contains(attempts, self.center[suspects])
-        fallen = suspects[confirmed]
+        fallen = suspects[self._search.broken(images[suspects], self.labels[suspects])]
         if not len(fallen):
             return None
         self._adversarial[self.rows[fallen]] = images[fallen]
@@ -169,6 +169,61 @@ class Standing:
     def outcome(self) -> Outcome:
         """What to return."""
         return Outcome(self._adversarial, self._calls)
+
+
+class Nearest:
+    """The nearest adversarial image known of each image of a batch: the book of attacks that look for the least norm.
+
+    What counts is what the original model misclassifies in float32, inside [0, 1]; the threat gives the norm, and its
+    radius is not looked at.
+
+    Args:
+        threat: measures distances.
+        search: the model.
+        images: ``(n, c, h, w)``.
+        labels: ``(n,)``.
+
+    Attributes:
+        best: ``(n, c, h, w)``; where nothing is known, the last attempt, or the image itself before any.
+        distance: float64 ``(n,)``; infinite where nothing is known.
+    """
+
+    def __init__(self, threat: Threat, search: SearchModel, images: Tensor, labels: Tensor) -> None:
+        self._threat, self._search, self._images, self._labels = threat, search, images, labels
+        self._calls = torch.zeros_like(labels)
+        self.best = images.clone()
+        self.distance = torch.full(labels.shape, torch.inf, dtype=torch.float64, device=labels.device)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits at ``images`` ``(n, c, h, w)``, one forward pass and no gradient."""
+        self._calls += 1
+        with torch.no_grad():
+            return self._search.logits(images)
+
+    def gradient(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, objective and gradient at ``images`` ``(n, c, h, w)``, one forward and one backward pass."""
+        self._calls += 1
+        return self._search.gradient(images, objective, reference)
+
+    def offer(self, images: Tensor, logits: Tensor) -> Tensor:
+        """One attempt for each image, ``(n, c, h, w)`` in [0, 1], with the search copy's logits of it.
+
+        Returns:
+            Which images the search copy holds to be misclassified, bool ``(n,)``.
+        """
+        wrong = misclassified(logits, self._labels)
+        self.best = torch.where((self.distance == torch.inf)[:, None, None, None], images, self.best)
+        distance = self._threat.distance(images, self._images)
+        nearer = (wrong & (distance < self.distance)).nonzero().squeeze(1)
+        if len(nearer):
+            self._calls[nearer] += 1
+            confirmed = nearer[self._search.broken(images[nearer], self._labels[nearer])]
+            self.best[confirmed], self.distance[confirmed] = images[confirmed], distance[confirmed]
+        return wrong
+
+    def outcome(self) -> Outcome:
+        """What to return."""
+        return Outcome(self.best, self._calls)
 
 
 def keep(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

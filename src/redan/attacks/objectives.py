@@ -1,6 +1,7 @@
 """What an attack maximises: ``(logits, reference) -> (n,)``.
 
-The reference is the labels, or the logits of the clean images for an objective that compares with those.
+The reference is the labels; for a targeted objective, label and target of each image; for one that compares with the
+clean images, their logits.
 """
 
 from collections.abc import Callable
@@ -21,12 +22,13 @@ class Objective:
     Args:
         name: as recipes and the command line spell it.
         value: ``(logits (n, classes), reference) -> (n,)``, float32, to be maximised.
-        reference: ``labels``, int64 ``(n,)``, or ``clean_logits``, ``(n, classes)``.
+        reference: ``labels``, int64 ``(n,)``; ``targets``, int64 ``(n, 2)``, label and target; or ``clean_logits``,
+            ``(n, classes)``.
     """
 
     name: str
     value: Callable[[Tensor, Tensor], Tensor]
-    reference: Literal["labels", "clean_logits"] = "labels"
+    reference: Literal["labels", "targets", "clean_logits"] = "labels"
 
     def __call__(self, logits: Tensor, reference: Tensor) -> Tensor:
         return self.value(logits, reference)
@@ -58,6 +60,21 @@ def _dlr(logits: Tensor, labels: Tensor) -> Tensor:
     return _margin(logits, labels) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
 
 
+def _targeted_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return -_cross_entropy(logits, targets[:, 1])
+
+
+def _targeted_margin(logits: Tensor, targets: Tensor) -> Tensor:
+    return _true(logits, targets[:, 1]) - _true(logits, targets[:, 0])
+
+
+def _targeted_dlr(logits: Tensor, targets: Tensor) -> Tensor:
+    if logits.shape[1] < 4:
+        raise UserError("the targeted DLR objective needs at least 4 classes; use the targeted margin")
+    ordered = logits.sort(1, descending=True).values
+    return _targeted_margin(logits, targets) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+
+
 def _kl(logits: Tensor, clean_logits: Tensor) -> Tensor:
     # In float64: where both are nearly certain, their difference is lost to float32.
     log_p, log_q = clean_logits.double().log_softmax(1), logits.double().log_softmax(1)
@@ -72,6 +89,15 @@ cw_margin = Objective("cw", _margin)
 
 dlr = Objective("dlr", _dlr)
 """Difference of logits ratio, blind to the scale of the logits (Croce & Hein, ICML 2020, eq. 6)."""
+
+targeted_cross_entropy = Objective("ce-t", _targeted_cross_entropy, reference="targets")
+"""Log-probability of the target, log p_t."""
+
+targeted_margin = Objective("cw-t", _targeted_margin, reference="targets")
+"""Margin of the target's logit over the true one."""
+
+targeted_dlr = Objective("dlr-t", _targeted_dlr, reference="targets")
+"""DLR towards a target (Croce & Hein, ICML 2020, eq. 7)."""
 
 kl_divergence = Objective("kl", _kl, reference="clean_logits")
 """KL(clean || adversarial), the inner objective of TRADES (Zhang et al., ICML 2019, eq. 5)."""
