@@ -10,12 +10,23 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor, nn
 
-from redan.attacks import APGD, FGSM, PGD, Attack, SearchModel, cross_entropy, cw_margin, dlr, kl_divergence
+from redan.attacks import (
+    APGD,
+    FGSM,
+    PGD,
+    Attack,
+    SearchModel,
+    TargetedAPGD,
+    cross_entropy,
+    cw_margin,
+    dlr,
+    kl_divergence,
+)
 from redan.attacks.apgd import checkpoints
 from redan.attacks.objectives import OBJECTIVES, Objective
 from redan.errors import UserError
 from redan.models.norms import Normalise
-from redan.threats import L1, L2, THREATS, Linf, Threat
+from redan.threats import L1, L2, THREATS, Linf, LpBall
 
 EPS = 0.1
 ALL_ATTACKS: dict[str, Attack] = {
@@ -28,6 +39,8 @@ ALL_ATTACKS: dict[str, Attack] = {
     "apgd": APGD(Linf(EPS), steps=6),
     "apgd dlr": APGD(L2(1.0), steps=6, objective=dlr, restarts=2),
     "apgd l1": APGD(L1(5.0), steps=6),
+    "apgd-t linf": TargetedAPGD(Linf(0.1), steps=4, targets=3),
+    "apgd-t l1": TargetedAPGD(L1(5.0), steps=6, targets=2),
 }
 EVERY = pytest.mark.parametrize("attack", ALL_ATTACKS.values(), ids=ALL_ATTACKS)
 
@@ -119,7 +132,7 @@ def robust(attack: Attack, net: nn.Module, batch: tuple[Tensor, Tensor], seed: i
 # What is known in closed form
 
 
-def climbers(threat: Threat) -> list[Attack]:
+def climbers(threat: LpBall) -> list[Attack]:
     return [
         PGD(threat, steps=60, drop_broken=False, step_size=threat.radius),
         PGD(threat, steps=60, start="image"),
@@ -217,7 +230,7 @@ class Hilly(nn.Module):
 hill = Objective("hill", lambda logits, labels: logits[:, 1] - logits[:, 2])
 
 
-def apgd_by_the_book(model: nn.Module, threat: Threat, center: Tensor, start: Tensor, steps: int) -> Tensor:
+def apgd_by_the_book(model: nn.Module, threat: LpBall, center: Tensor, start: Tensor, steps: int) -> Tensor:
     """Algorithm 1 with alpha = rho = 0.75, for one image, with its whole history kept."""
 
     def f(x: Tensor) -> float:
@@ -264,7 +277,7 @@ def apgd_by_the_book(model: nn.Module, threat: Threat, center: Tensor, start: Te
     ],
     ids=str,
 )
-def test_apgd_is_the_published_algorithm(threat: Threat, steepness: float, steps: int, count: int) -> None:
+def test_apgd_is_the_published_algorithm(threat: LpBall, steepness: float, steps: int, count: int) -> None:
     torch.manual_seed(0)
     model = Hilly(steepness).eval()
     center, labels = uniform(1, count, 1, 3, 4), torch.zeros(count, dtype=torch.int64)
@@ -290,7 +303,7 @@ def test_more_work_breaks_more(net: nn.Module, batch: tuple[Tensor, Tensor]) -> 
 
 
 @pytest.mark.parametrize("threat", [Linf(EPS), L2(0.7)], ids=str)
-def test_apgd_is_not_weaker_than_pgd(threat: Threat, net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+def test_apgd_is_not_weaker_than_pgd(threat: LpBall, net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     for objective in (cross_entropy, cw_margin):
         pgd = robust(PGD(threat, steps=40, objective=objective), net, batch)
         apgd = robust(APGD(threat, steps=40, objective=objective), net, batch)
@@ -307,7 +320,7 @@ def test_restarts_break_more(kind: Any, net: nn.Module, batch: tuple[Tensor, Ten
 @pytest.mark.parametrize("norm", THREATS.values(), ids=THREATS)
 @pytest.mark.parametrize("kind", [PGD, APGD])
 def test_a_large_enough_radius_breaks_everything(
-    kind: Any, norm: type[Threat], net: nn.Module, batch: tuple[Tensor, Tensor]
+    kind: Any, norm: type[LpBall], net: nn.Module, batch: tuple[Tensor, Tensor]
 ) -> None:
     radius = {"linf": 0.6, "l2": 5.0, "l1": 40.0}[norm.norm]
     assert robust(kind(norm(radius), steps=30), net, batch) == 0
@@ -334,7 +347,9 @@ def test_what_is_returned_is_inside_and_what_was_dropped_is_broken(
     assert outcome.images.dtype == torch.float32
     assert attack.threat.contains(outcome.images, images).all()
     dropped = outcome.calls < outcome.calls.max()
-    assert dropped.any() == (isinstance(attack, APGD) or (isinstance(attack, PGD) and attack.drop_broken))
+    assert dropped.any() == (
+        isinstance(attack, APGD | TargetedAPGD) or (isinstance(attack, PGD) and attack.drop_broken)
+    )
     assert (net(outcome.images).argmax(1) != labels)[dropped].all()
 
 
@@ -346,8 +361,8 @@ def test_the_original_judges_and_not_the_copy(
     images, labels = batch
     right = net(images).argmax(1) == labels
     search = SearchModel(net)
-    honest = search.logits
-    monkeypatch.setattr(search, "logits", lambda x: honest(x) - 100 * nn.functional.one_hot(labels[right], 10))
+    honest = search._logits
+    monkeypatch.setattr(search, "_logits", lambda x: honest(x) - 100 * nn.functional.one_hot(labels[right], 10))
     tiny = Linf(1e-4)
     for attack, calls in ((PGD(tiny, steps=5), 5 + 5 + 1), (APGD(tiny, steps=5), 6 + 6 + 1)):
         outcome = attack.run(search, images[right], labels[right], draws())

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import redan
-from redan.attacks import APGD, FGSM, PGD, Outcome
+from redan.attacks import APGD, FAB, FGSM, PGD, Outcome, Square, TargetedAPGD
 from redan.data.pipeline import to_float
 from redan.data.registry import load_dataset
 from redan.errors import UserError
 from redan.evaluation import evaluate as module
-from redan.evaluation.protocol import parse_protocol
+from redan.evaluation.protocol import ATTACKS, WITH_OBJECTIVE, parse_protocol
 from redan.evaluation.results import Accuracy, Evaluation
 from redan.tensors import load_tensors
-from redan.threats import L2, Linf
+from redan.threats import L1, L2, Linf, parse_threat
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +94,11 @@ def test_the_curve_falls_and_meets_both_accuracies(result: Evaluation) -> None:
 
 
 def test_a_counterexample_that_only_the_curve_finds_counts(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def idle(text: str, threat: Linf) -> dict[str, object]:
+    def idle(text: str, threat: Linf, *, classes: int, random: bool = False) -> dict[str, object]:
         return {
-            "idle": types.SimpleNamespace(threat=threat, run=lambda _, x, y, draws: Outcome(x, torch.zeros_like(y)))
+            "idle": types.SimpleNamespace(
+                threat=threat, run=lambda _, x, y, draws: Outcome(x, torch.zeros_like(y)), cost=lambda _: 0
+            )
         }
 
     monkeypatch.setattr(module, "parse_protocol", idle)
@@ -204,9 +206,9 @@ def test_what_is_missing_is_asked_for(stripes: str) -> None:
 def test_an_attack_that_lies_is_not_believed(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images outside the threat, or that the network classifies correctly, never count as adversarial."""
 
-    def lying(text: str, threat: Linf) -> dict[str, object]:
-        outside = parse_protocol("pgd-20", Linf(0.9))["pgd-20"]
-        return {"liar": types.SimpleNamespace(threat=threat, run=outside.run)}
+    def lying(text: str, threat: Linf, *, classes: int, random: bool = False) -> dict[str, object]:
+        outside = parse_protocol("pgd-20", Linf(0.9), classes=classes)["pgd-20"]
+        return {"liar": types.SimpleNamespace(threat=threat, run=outside.run, cost=outside.cost)}
 
     monkeypatch.setattr(module, "parse_protocol", lying)
     found = redan.evaluate(copied, threat="linf:0.001", samples=40, curve=False, progress=False)
@@ -215,7 +217,7 @@ def test_an_attack_that_lies_is_not_believed(copied: Path, monkeypatch: pytest.M
 
 def test_protocols_are_read() -> None:
     threat = L2(0.5)
-    attacks = parse_protocol("fgsm+pgd-7:cw+apgd-20:dlr+pgd+apgd", threat)
+    attacks = parse_protocol("fgsm+pgd-7:cw+apgd-20:dlr+pgd+apgd", threat, classes=10)
     assert list(attacks) == ["fgsm", "pgd-7:cw", "apgd-20:dlr", "pgd", "apgd"]
     fgsm, pgd, apgd, default_pgd, default_apgd = attacks.values()
     assert isinstance(fgsm, FGSM)
@@ -223,10 +225,76 @@ def test_protocols_are_read() -> None:
     assert isinstance(apgd, APGD) and (apgd.steps, apgd.objective.name) == (20, "dlr")
     assert isinstance(default_pgd, PGD) and default_pgd.steps == 20
     assert isinstance(default_apgd, APGD) and default_apgd.steps == 100
-    for bad in ("pdg", "pgd-", "pgd-0", "pgd:cx", "fgsm-3", "", "pgd++apgd", "pgd+pgd"):
+    for bad in (
+        "pdg",
+        "pgd-",
+        "pgd-0",
+        "pgd:cx",
+        "fgsm-3",
+        "",
+        "pgd++apgd",
+        "pgd+pgd",
+        "square:ce",
+        "autoattack+pgd",
+        "rotation-grid-3",
+        "stadv",
+        "rotation-grid",
+    ):
         with pytest.raises(UserError) as error:
-            parse_protocol(bad, threat)
+            parse_protocol(bad, threat, classes=10)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, *WITH_OBJECTIVE])
+def test_every_attack_has_a_name_that_takes_its_steps(name: str) -> None:
+    threat = {"stadv": "stadv:0.05", "rotation-grid": "rotation:30+3", "rotation-random": "rotation:30+3"}.get(
+        name, "l2:0.5"
+    )
+    (usual,) = parse_protocol(name, parse_threat(threat), classes=10).values()
+    if name in ("fgsm", "rotation-grid"):
+        return
+    (other,) = parse_protocol(f"{name}-7", parse_threat(threat), classes=10).values()
+    counts = {getattr(other, field, None) for field in ("steps", "queries", "tries")}
+    assert 7 in counts and usual != other and type(usual) is type(other)
+
+
+@pytest.mark.parametrize("threat", ["stadv:0.05", "rotation:30+1"])
+def test_threats_without_a_norm_are_evaluated_by_attacks_of_their_own(copied: Path, threat: str) -> None:
+    found = redan.evaluate(copied, threat=threat, samples=60, progress=False)
+    assert found.threat == threat and found.attack == {"s": "stadv", "r": "rotation-grid"}[threat[0]]
+    assert found.robust_accuracy < found.clean_accuracy
+    assert found.curve == ()
+    assert {row.distance for row in found.per_image} == {None}
+    assert found.robust.correct == sum(row.verdict == "unknown" for row in found.per_image)
+
+
+def test_autoattack_is_the_published_one() -> None:
+    """Figures of Croce & Hein (ICML 2020; L1: ICML 2021)."""
+    standard = parse_protocol("autoattack", Linf(0.03), classes=10)
+    assert list(standard) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    ce, towards, fab, square = standard.values()
+    assert isinstance(ce, APGD) and (ce.steps, ce.objective.name, ce.restarts) == (100, "ce", 1)
+    assert isinstance(towards, TargetedAPGD)
+    assert (towards.steps, towards.objective.name, towards.targets) == (100, "dlr-t", 9)
+    assert isinstance(fab, FAB) and (fab.steps, fab.targets, fab.restarts) == (100, 9, 1)
+    assert isinstance(square, Square) and square.queries == 5000
+    ce, towards, *_ = parse_protocol("autoattack", L1(12), classes=10).values()
+    assert isinstance(ce, APGD) and ce.restarts == 5
+    assert isinstance(towards, TargetedAPGD) and towards.targets == 5
+    plus = parse_protocol("autoattack-plus", L2(0.5), classes=10)
+    assert list(plus) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+    assert isinstance(plus["fab"], FAB) and (plus["fab"].targets, plus["fab"].restarts) == (None, 5)
+    assert list(parse_protocol("autoattack", Linf(0.03), classes=10, random=True)) == ["apgd-ce", "apgd-dlr"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "untargeted", "targeted"), [(2, "cw", "cw-t"), (3, "dlr", "cw-t"), (8, "dlr", "dlr-t")]
+)
+def test_few_classes_take_the_margin(classes: int, untargeted: str, targeted: str) -> None:
+    parts = parse_protocol("autoattack-plus", Linf(0.03), classes=classes)
+    apgd, towards = parts["apgd-dlr"], parts["apgd-t"]
+    assert isinstance(apgd, APGD) and apgd.objective.name == untargeted
+    assert isinstance(towards, TargetedAPGD) and towards.objective.name == targeted
 
 
 @given(st.integers(1, 300), st.data())

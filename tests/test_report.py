@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from redan.errors import UserError
-from redan.evaluation.results import Accuracy, CurvePoint, Evaluation, GalleryEntry
+from redan.evaluation.results import Accuracy, Check, Counts, CurvePoint, Evaluation, GalleryEntry, Randomised, Row
 from redan.reporting import write_report
 
 VOID = {"meta", "link", "img", "br"}
@@ -73,6 +73,17 @@ class Page(HTMLParser):
         return [np.asarray(Image.open(io.BytesIO(base64.b64decode(source)))) for source in sources]
 
 
+def rows(*groups: tuple[str, str | None, list[int]]) -> tuple[Row, ...]:
+    """Rows by verdict, what they fell to, and the model calls of each."""
+    faces = [(verdict, by, calls) for verdict, by, group in groups for calls in group]
+    return tuple(
+        Row.model_validate(
+            dict(index=i, label=0, prediction=0, confidence=0.9, verdict=verdict, by=by, model_calls=calls)
+        )
+        for i, (verdict, by, calls) in enumerate(faces)
+    )
+
+
 def evaluation(**changes: object) -> Evaluation:
     values: dict[str, object] = dict(
         redan_version="0", run="run", checkpoint="model.safetensors", dataset="digits", class_names=CLASSES,
@@ -81,9 +92,25 @@ def evaluation(**changes: object) -> Evaluation:
         attacks={"apgd-ce": 0.51, "square": 0.45}, seconds=12.34, model_calls=12340,
         curve=(CurvePoint(radius=0, accuracy=Accuracy.of(80, 100)),
                CurvePoint(radius=8 / 255, accuracy=Accuracy.of(45, 100))),
-        per_image=(),
+        per_image=rows(
+            ("falsified", "square", [360] * 6),
+            ("unknown", None, [200] * 45),
+            ("falsified", "apgd-ce", list(range(26, 55))),  # 40 on average
+            ("misclassified", None, [1] * 20),
+        ),
     )  # fmt: skip
     return Evaluation.model_validate(values | changes)
+
+
+def at_random() -> Randomised:
+    """What was counted of a model that draws: 78, 70, 80 and 75 clean, 50, 30, 45 and 10 robust, of 100."""
+    clean, robust = ([Accuracy.of(correct, 100) for correct in four] for four in ((78, 70, 80, 75), (50, 30, 45, 10)))
+    names = ("mean", "worst", "majority", "fixed")
+    return Randomised(
+        draws=16,
+        clean=Counts.model_validate(dict(zip(names, clean, strict=True))),
+        robust=Counts.model_validate(dict(zip(names, robust, strict=True))),
+    )
 
 
 def make_run(folder: Path, epochs: int = 4) -> Path:
@@ -144,6 +171,11 @@ def report(*runs: Path) -> Page:
     return Page(out.read_text(encoding="utf-8"))
 
 
+def figures(page: Page) -> list[str]:
+    """What each drawing that is read aloud says."""
+    return [str(drawing["aria-label"]) for drawing in page.attributes("svg") if "aria-label" in drawing]
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run with one evaluation, its gallery and a hostile name wherever a name can be."""
@@ -164,14 +196,104 @@ def test_table_says_what_the_results_say(run: Path) -> None:
     certified = "20.00 % 12.7 – 29.2"
     asked = ["100", "l2:0.5", "standard", *common]
     assert rows[2] == [f"{NAME} z", eighty, fortyfive, certified, *asked, *effort]
-    assert rows[4:7] == [
-        ["no attack", "80 of 100", eighty],
-        ["apgd-ce", "51 of 100", "51.00 % 40.8 – 61.1"],
-        ["square", "45 of 100", fortyfive],
+
+
+def test_waterfall_says_what_the_rows_say(run: Path) -> None:
+    result = evaluation(attacks={"apgd-ce": 0.51, "fab": 0.51, "square": 0.45}, curve=(), gallery=())
+    add_result(run, result)
+    (run / "results" / "standard.safetensors").unlink()
+    page = report(run)
+    eighty, fifty_one, forty_five = "80.00 % 70.8 – 87.3", "51.00 % 40.8 – 61.1", "45.00 % 35.0 – 55.3"
+    assert page.rows[3:] == [
+        ["no attack", "", "20", "80 of 100", eighty, "1.0"],
+        ["apgd-ce", "", "29", "51 of 100", fifty_one, "40.0"],
+        ["fab", "", "0", "51 of 100", fifty_one, "–"],
+        ["square", "", "6", "45 of 100", forty_five, "360.0"],
+        ["every attack", "", "–", "45 of 100", forty_five, "200.0"],
     ]
+    bars = [bar for bar in page.attributes("rect") if "class" in bar]
+    assert [(bar["class"], float(bar.get("x") or 0), float(bar["width"] or 0)) for bar in bars] == [
+        ("total", 0, 80),
+        ("left", 0, 51), ("took", 51, 29),
+        ("left", 0, 51),
+        ("left", 0, 45), ("took", 45, 6),
+        ("total", 0, 45),
+    ]  # fmt: skip
+    intervals = [re.fullmatch(r"M(\S+) 5H(\S+)", path["d"] or "") for path in page.attributes("path")]
+    ends = [[float(end) for end in interval.groups()] for interval in intervals if interval]
+    np.testing.assert_allclose(ends, [[70.8, 87.3], [35.0, 55.3]], atol=0.05)
+
+
+def test_model_that_draws_at_random_is_counted_by_every_rule(run: Path) -> None:
+    assert "draw at random" not in report(run).text
+    counted = at_random()
+    # Some draws get the adversarial image of "apgd-ce" wrong, which is no fall.
+    faces = rows(
+        ("misclassified", None, [16] * 20), ("unknown", "apgd-ce", [500] * 50), ("falsified", "square", [9] * 30)
+    )
+    means = {"clean": counted.clean.mean, "robust": counted.robust.mean}
+    add_result(run, evaluation(randomised=counted, per_image=faces, curve=(), **means), "z")
+    page = report(run)
+    table = [["Rule", "Clean", "Robust"]]
+    table += [["Mean", "78.00 % 68.6 – 85.7", "50.00 % 39.8 – 60.2"]]
+    table += [["Worst of 16", "70.00 % 60.0 – 78.8", "30.00 % 21.2 – 40.0"]]
+    table += [["Majority", "80.00 % 70.8 – 87.3", "45.00 % 35.0 – 55.3"]]
+    table += [["Fixed draw", "75.00 % 65.3 – 83.1", "10.00 % 4.9 – 17.6"]]
+    start = page.rows.index(table[0])
+    assert page.rows[start : start + 5] == table
+    assert f"{NAME}, z, 16 draws" in page.text
+    assert page.rows[2][1:3] == table[1][1:]
+    # The waterfall starts at those whom an attack was needed for, and not at the mean of the draws.
+    assert [[row[i] for i in (0, 2, 3, 5)] for row in page.rows[start - 4 : start]] == [
+        ["no attack", "20", "80 of 100", "16.0"],
+        ["apgd-ce", "0", "80 of 100", "–"],
+        ["square", "30", "50 of 100", "9.0"],
+        ["every attack", "–", "50 of 100", "500.0"],
+    ]
+    assert page.text.count("--draws 16\n") == page.text.count("--draws") == 1
+
+
+def test_failed_check_is_told_above_the_results(run: Path) -> None:
+    passed = Check(name="more steps", passed=True, figure="45.0 %, then 44.0 %", values={"20": 0.45, "100": 0.44})
+    skipped = Check(name="one step", passed=None, figure="no such attack")
+    add_result(run, evaluation(diagnostics=(passed, skipped), curve=()), "sound")
+    page = report(run)
+    assert page.rows[-2:] == [
+        ["✓ pass", "more steps45.0 %, then 44.0 %"],
+        ["– not applicable", "one stepno such attack"],
+    ]
+    assert not [box for box in page.attributes("div") if box.get("class") == "notice"]
+
+    failed = Check(name="black box", passed=False, figure="square broke 12 more")
+    add_result(run, evaluation(diagnostics=(passed, failed, skipped, failed), curve=()), "masked")
+    page = report(run)
+    assert ["✗ fail", "black boxsquare broke 12 more"] in page.rows
+    tags = [attributes.get("class") or tag for tag, attributes in page.elements]
+    assert tags.index("notice") < tags.index("table")
+    notice = page.text[page.text.index("The robust accuracy of these is not to be trusted") :].partition("Run")[0]
+    assert f"\n{NAME}, masked: black box; black box\n" in notice
+    assert "sound" not in notice and "more steps" not in notice
+    assert [link["href"] for link in page.attributes("a")] == ["#diagnostics"]
+    assert [title["id"] for title in page.attributes("h2") if "id" in title] == ["diagnostics"]
+
+
+def test_result_of_an_older_redan_is_read(run: Path) -> None:
+    path = run / "results" / "standard.json"
+    expected = write_report([run], run.parent / "new.html").read_bytes()
+    content = json.loads(path.read_text())
+    for key in ("randomised", "diagnostics", "precision"):
+        del content[key]
+    path.write_text(json.dumps(content))
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+    page = write_report([run], run.parent / "old.html").read_bytes()
+    assert page == expected
+    assert b"Diagnostics" not in page
 
 
 def test_page_is_self_contained_and_names_stay_text(run: Path) -> None:
+    checks = tuple(Check(name=HOSTILE, passed=passed, figure=CLASSES[1]) for passed in (True, False, None))
+    attacks = {HOSTILE: 0.45}
+    add_result(run, evaluation(diagnostics=checks, attacks=attacks, randomised=at_random(), curve=()), "<i>")
     page = report(run)
     tags = [tag for tag, _ in page.elements]
     assert "script" not in tags and "i" not in tags
@@ -181,7 +303,9 @@ def test_page_is_self_contained_and_names_stay_text(run: Path) -> None:
         for name in ("src", "href", "xlink:href", "srcset", "action", "data"):
             assert (attributes.get(name) or "#").startswith(("#", "data:"))
     assert not re.search(r"url\((?!#)|@import", (run.parent / "report.html").read_text())
-    assert page.text.count(HOSTILE) >= 2 and CLASSES[1] in page.text
+    # The command that trains, the environment; the checks, the notice above the results; the attack.
+    assert page.text.count(HOSTILE) == 2 + 4 + 1
+    assert page.text.count(CLASSES[1]) == 2 + 3
 
 
 def test_every_picture_has_its_text(run: Path) -> None:
@@ -190,7 +314,11 @@ def test_every_picture_has_its_text(run: Path) -> None:
         "Test image 10, cat",
         f"Test image 10 after the attack, taken for {CLASSES[1]} 62.5 %",
     ]
-    assert [drawing["aria-label"] for drawing in page.attributes("svg")] == [
+    # The bars say nothing that the cells beside them do not say.
+    assert all(
+        drawing.get("role") == "img" or drawing.get("aria-hidden") == "true" for drawing in page.attributes("svg")
+    )
+    assert figures(page) == [
         f"Accuracy against radius on digits, linf: {NAME} 80.0 % at 0, 45.0 % at 0.0314",
         f"{NAME} over 4 epochs. Loss, at the end: training 0.25",
         f"{NAME} over 4 epochs. Clean accuracy, %, at the end: training 50, validation 25",
@@ -234,8 +362,7 @@ def test_curves_of_one_data_set_and_norm_share_a_figure(run: Path) -> None:
     add_result(other, evaluation(threat="linf:8/255"), "large")
     add_result(other, evaluation(threat="l2:0.5"), "l2")
     page = report(run, other)
-    labels = [str(drawing["aria-label"]) for drawing in page.attributes("svg")]
-    curves = [label for label in labels if label.startswith("Accuracy against radius")]
+    curves = [label for label in figures(page) if label.startswith("Accuracy against radius")]
     assert [label.partition(":")[0] for label in curves] == [
         "Accuracy against radius on digits, linf",
         "Accuracy against radius on digits, l2",
@@ -253,7 +380,7 @@ def test_run_that_is_not_evaluated_keeps_its_curves_and_says_so(tmp_path: Path) 
     run = make_run(tmp_path / "my run")
     page = report(run)
     assert f"my run is not evaluated yet: redan evaluate '{run}'" in page.text
-    assert len(page.attributes("svg")) == 2
+    assert len(figures(page)) == 2
     assert page.rows == []
 
 
@@ -334,7 +461,10 @@ def test_browser_finds_no_fault(run: Path) -> None:
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
 def test_page_never_scrolls_sideways_on_a_phone(run: Path) -> None:
-    add_result(run, evaluation(attack="a-protocol-of-a-very-long-name", curve=()), "-".join(["wide"] * 20))
+    attacks = {"-".join(["long"] * 20): 0.51, "y" * 150: 0.45}
+    checks = tuple(Check(name=word, passed=False, figure=word) for word in ("z" * 150, "many words " * 20))
+    wide = evaluation(attack="+".join(attacks), attacks=attacks, randomised=at_random(), diagnostics=checks, curve=())
+    add_result(run, wide, "-".join(["wide"] * 20))
     out = write_report([run, make_run(run.parent / ("x" * 150))], run.parent / "report.html")
     # A window cannot be as narrow as a phone, a frame can; the second frame shows that the measure sees a fault.
     frames = (out.read_text(), "<!doctype html><div style='width: 900px'>too wide</div>")

@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 from torch import Generator, Tensor
 
 from redan.errors import UserError
-from redan.threats import L1, L2, THREATS, Linf, Threat, parse_number, parse_threat
+from redan.threats import L1, L2, THREATS, Linf, LpBall, parse_number, parse_threat
 
 Array = NDArray[np.float64]
 
@@ -34,12 +34,12 @@ def centers(seed: int, n: int, d: int) -> Tensor:
     return (3 * torch.rand((n, 1, 1, d), generator=draws(seed)) - 1).clamp(0, 1)
 
 
-def norm_of(delta: Array, threat: Threat) -> Array:
+def norm_of(delta: Array, threat: LpBall) -> Array:
     order = {"linf": np.inf, "l2": 2, "l1": 1}[threat.norm]
     return np.linalg.norm(delta.reshape(len(delta), -1), order, axis=1)
 
 
-def by_bisection(x: Array, center: Array, threat: Threat) -> Array:
+def by_bisection(x: Array, center: Array, threat: LpBall) -> Array:
     """The nearest point by its optimality conditions: one multiplier, found by bisection."""
 
     def at(multiplier: float) -> Array:
@@ -62,7 +62,7 @@ def by_bisection(x: Array, center: Array, threat: Threat) -> Array:
 @given(seed=st.integers(0, 2**32), d=st.integers(1, 40), radius=RADII, spread=SPREADS)
 @settings(deadline=None, max_examples=150)
 def test_what_is_projected_is_inside_exactly(
-    norm: type[Threat], seed: int, d: int, radius: float, spread: float
+    norm: type[LpBall], seed: int, d: int, radius: float, spread: float
 ) -> None:
     threat, center = norm(radius), centers(seed, 3, d)
     projected = threat.project(center + spread * normal(seed + 1, 3, 1, 1, d), center)
@@ -75,7 +75,7 @@ def test_what_is_projected_is_inside_exactly(
 
 
 @NORMS
-def test_projection_is_exact_for_photographs_too(norm: type[Threat]) -> None:
+def test_projection_is_exact_for_photographs_too(norm: type[LpBall]) -> None:
     center = torch.rand(2, 3, 64, 64, generator=draws(0))
     for radius in (8 / 255, 0.5, 12.0):
         assert norm(radius).contains(norm(radius).project(center + normal(1, 2, 3, 64, 64), center), center).all()
@@ -83,7 +83,7 @@ def test_projection_is_exact_for_photographs_too(norm: type[Threat]) -> None:
 
 @NORMS
 @pytest.mark.parametrize("radius", [0.05, 0.4, 1.5])
-def test_projection_uses_the_whole_radius(norm: type[Threat], radius: float) -> None:
+def test_projection_uses_the_whole_radius(norm: type[LpBall], radius: float) -> None:
     center = torch.full((4, 1, 5, 5), 0.5)
     threat = norm(radius)
     distance = threat.distance(threat.project(center + 10 * normal(0, 4, 1, 5, 5), center), center)
@@ -93,14 +93,14 @@ def test_projection_uses_the_whole_radius(norm: type[Threat], radius: float) -> 
 
 @NORMS
 @pytest.mark.parametrize("spread", [0.05, 0.5, 20.0])
-def test_projecting_twice_changes_nothing(norm: type[Threat], spread: float) -> None:
+def test_projecting_twice_changes_nothing(norm: type[LpBall], spread: float) -> None:
     threat, center = norm(0.3), centers(2, 8, 16)
     once = threat.project(center + spread * normal(3, 8, 1, 1, 16), center)
     torch.testing.assert_close(threat.project(once, center), once, rtol=0, atol=1e-6)
 
 
 @NORMS
-def test_points_inside_stay_where_they_are(norm: type[Threat]) -> None:
+def test_points_inside_stay_where_they_are(norm: type[LpBall]) -> None:
     center = torch.rand(5, 1, 1, 12, generator=draws(1))
     inside = (center + 1e-3 * normal(4, 5, 1, 1, 12)).clamp(0, 1)
     torch.testing.assert_close(norm(0.5).project(inside, center), inside, rtol=0, atol=1e-7)
@@ -108,7 +108,7 @@ def test_points_inside_stay_where_they_are(norm: type[Threat]) -> None:
 
 @NORMS
 @pytest.mark.parametrize("spread", [0.2, 2.0, 50.0])
-def test_projection_satisfies_the_variational_inequality(norm: type[Threat], spread: float) -> None:
+def test_projection_satisfies_the_variational_inequality(norm: type[LpBall], spread: float) -> None:
     # p is the nearest point of a convex set to x if and only if <x - p, q - p> <= 0 for every q of the set.
     threat, center = norm(0.7), centers(5, 6, 10)
     x = center + spread * normal(6, 6, 1, 1, 10)
@@ -122,7 +122,7 @@ def test_projection_satisfies_the_variational_inequality(norm: type[Threat], spr
 @pytest.mark.parametrize("norm", [L2, L1])
 @given(seed=st.integers(0, 2**32), d=st.integers(1, 12), radius=st.floats(0.01, 3), spread=st.floats(0.01, 20))
 @settings(deadline=None, max_examples=150)
-def test_projection_agrees_with_bisection(norm: type[Threat], seed: int, d: int, radius: float, spread: float) -> None:
+def test_projection_agrees_with_bisection(norm: type[LpBall], seed: int, d: int, radius: float, spread: float) -> None:
     threat, center = norm(radius), centers(seed, 1, d)
     x = center + spread * normal(seed + 1, 1, 1, 1, d)
     expected = by_bisection(x.double().numpy().ravel(), center.double().numpy().ravel(), threat)
@@ -131,7 +131,7 @@ def test_projection_agrees_with_bisection(norm: type[Threat], seed: int, d: int,
 
 @NORMS
 @pytest.mark.parametrize("seed", range(5))
-def test_projection_agrees_with_a_general_solver(norm: type[Threat], seed: int) -> None:
+def test_projection_agrees_with_a_general_solver(norm: type[LpBall], seed: int) -> None:
     center = torch.tensor([0.0, 0.9, 0.4]).view(1, 1, 1, 3)
     x = center + normal(seed, 1, 1, 1, 3)
     c, target = center.double().numpy().ravel(), x.double().numpy().ravel()
@@ -158,7 +158,7 @@ def test_projection_agrees_with_a_general_solver(norm: type[Threat], seed: int) 
 
 @NORMS
 @pytest.mark.parametrize("radius", [0.0, 8 / 255, 0.5, 3.0, 1e6])
-def test_random_starts_are_inside_and_seeded(norm: type[Threat], radius: float) -> None:
+def test_random_starts_are_inside_and_seeded(norm: type[LpBall], radius: float) -> None:
     threat, center = norm(radius), centers(7, 50, 9)
     drawn = threat.random_start(center, draws(1))
     assert threat.contains(drawn, center).all()
@@ -206,7 +206,7 @@ def test_l1_starts_are_uniform_in_the_ball() -> None:
 
 @NORMS
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-6, 1.0, 1e30])
-def test_a_step_has_its_length_whatever_the_gradient_s(norm: type[Threat], scale: float) -> None:
+def test_a_step_has_its_length_whatever_the_gradient_s(norm: type[LpBall], scale: float) -> None:
     x = torch.full((3, 1, 5, 8), 0.5)
     gradient = scale * normal(0, 3, 1, 5, 8)
     moved = norm(1.0).ascend(x, gradient, 0.25)
@@ -215,7 +215,7 @@ def test_a_step_has_its_length_whatever_the_gradient_s(norm: type[Threat], scale
 
 
 @NORMS
-def test_step_sizes_may_differ_by_image(norm: type[Threat]) -> None:
+def test_step_sizes_may_differ_by_image(norm: type[LpBall]) -> None:
     x = torch.full((3, 1, 5, 8), 0.5)
     moved = norm(1.0).ascend(x, normal(0, 3, 1, 5, 8), torch.tensor([0.0, 0.1, 0.2]).view(3, 1, 1, 1))
     delta = moved.double().numpy() - x.double().numpy()
@@ -223,7 +223,7 @@ def test_step_sizes_may_differ_by_image(norm: type[Threat]) -> None:
 
 
 @pytest.mark.parametrize("norm", [Linf, L2])
-def test_a_step_is_the_steepest(norm: type[Threat]) -> None:
+def test_a_step_is_the_steepest(norm: type[LpBall]) -> None:
     # No direction of the same length gains more: the gain is the dual norm of the gradient.
     x, gradient = torch.zeros(1, 1, 1, 6), normal(0, 1, 1, 1, 6)
     gain = float((norm(1.0).ascend(x, gradient, 1.0) * gradient).sum())
@@ -250,13 +250,13 @@ def test_l1_steps_are_sparse_and_go_up_where_pixels_can_move() -> None:
 
 
 @NORMS
-def test_without_a_gradient_nothing_moves(norm: type[Threat]) -> None:
+def test_without_a_gradient_nothing_moves(norm: type[LpBall]) -> None:
     x = centers(0, 2, 6)
     assert torch.equal(norm(0.5).ascend(x, torch.zeros_like(x), 0.1), x)
 
 
 @NORMS
-def test_distance_is_that_of_numpy(norm: type[Threat]) -> None:
+def test_distance_is_that_of_numpy(norm: type[LpBall]) -> None:
     a, b = torch.rand(4, 3, 5, 5, generator=draws(0)), torch.rand(4, 3, 5, 5, generator=draws(1))
     expected = norm_of(a.double().numpy() - b.double().numpy(), norm(1.0))
     distance = norm(1.0).distance(a, b)
@@ -265,7 +265,7 @@ def test_distance_is_that_of_numpy(norm: type[Threat]) -> None:
 
 
 @NORMS
-def test_contains_is_exact(norm: type[Threat]) -> None:
+def test_contains_is_exact(norm: type[LpBall]) -> None:
     threat, center = norm(0.25), torch.full((1, 1, 1, 4), 0.5)
 
     def contains(*pixels: float) -> bool:
@@ -281,7 +281,7 @@ def test_contains_is_exact(norm: type[Threat]) -> None:
 
 @NORMS
 @pytest.mark.parametrize(("pixel", "center"), [(-1e-6, 0.0), (1 + 1e-6, 1.0)])
-def test_contains_nothing_outside_the_box(norm: type[Threat], pixel: float, center: float) -> None:
+def test_contains_nothing_outside_the_box(norm: type[LpBall], pixel: float, center: float) -> None:
     assert not norm(0.5).contains(torch.full((1, 1, 1, 1), pixel), torch.full((1, 1, 1, 1), center))
 
 
@@ -304,7 +304,7 @@ def test_a_threat_s_text_says_what_it_is() -> None:
 @NORMS
 @given(radius=st.floats(0, 1e6) | st.integers(0, 255).map(lambda grey: grey / 255))
 @settings(deadline=None, max_examples=200)
-def test_text_and_threat_are_one_to_one(norm: type[Threat], radius: float) -> None:
+def test_text_and_threat_are_one_to_one(norm: type[LpBall], radius: float) -> None:
     parsed = parse_threat(str(norm(radius)))
     assert type(parsed) is norm
     # Within a billionth of a grey level of a whole one, Linf is written as that.
@@ -328,7 +328,7 @@ def test_what_is_no_number_is_said_in_one_line(text: str) -> None:
     ("text", "message"),
     [
         ("linf", "a threat is written NORM:RADIUS"),
-        ("linff:8/255", "no threat norm 'linff'; did you mean 'linf'"),
+        ("linff:8/255", "no threat 'linff'; did you mean 'linf'"),
         ("l2:-1", "at least 0, got -1.0"),
         ("l2:big", "'big' is not a number"),
     ],

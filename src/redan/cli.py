@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, cast
 
 import typer
 import yaml
@@ -16,6 +16,9 @@ from rich.table import Table
 
 from redan.errors import Stopped, UserError
 from redan.version import __version__
+
+if TYPE_CHECKING:
+    from redan.attacks.search import Precision
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -129,11 +132,16 @@ def train(
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run folder, or package.module:function that returns an nn.Module.")],
     threat: Annotated[
-        str | None, typer.Option("--threat", help="Such as linf:8/255; the run's own if not given.")
+        str | None,
+        typer.Option(
+            "--threat", help="Such as linf:8/255, l2:0.5, stadv:0.05 or rotation:30+3; the run's own if not given."
+        ),
     ] = None,
     attack: Annotated[
         str | None,
-        typer.Option("--attack", help="Attacks in order, such as fgsm, pgd-50, apgd:dlr; pgd-20:cw+apgd if not given."),
+        typer.Option(
+            "--attack", help="autoattack, or attacks in order, such as pgd-50+apgd-t; pgd-20:cw+apgd if not given."
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", help="The first N test images; all if not given.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the attacks.")] = 0,
@@ -147,6 +155,17 @@ def evaluate(
     input_std: Annotated[
         str | None, typer.Option("--input-std", help="Likewise: comma-separated, one a channel.")
     ] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the search: auto, float32 or bfloat16. Float32 confirms.")
+    ] = "auto",
+    draws: Annotated[
+        int, typer.Option("--draws", help="Passes behind each gradient and verdict on a model that draws at random.")
+    ] = 20,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the results; RUN/results if not given.")] = None,
+    save_images: Annotated[
+        bool, typer.Option("--save-images", help="Keep the adversarial images, exact and as 8-bit pixels.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an evaluation that was stopped.")] = False,
     fail_under: Annotated[
         float | None, typer.Option("--fail-under", help="Exit with 1 if the robust accuracy is below, in [0, 1].")
     ] = None,
@@ -154,12 +173,11 @@ def evaluate(
 ) -> None:
     """Measure accuracy, clean and under attack, on test images."""
     from redan.evaluation.evaluate import evaluate as run_evaluate
-    from redan.evaluation.protocol import DEFAULT
 
     result = run_evaluate(
         run,
         threat=threat,
-        attack=attack or DEFAULT,
+        attack=attack,
         samples=samples,
         seed=seed,
         checkpoint=_checkpoint(checkpoint),
@@ -168,6 +186,11 @@ def evaluate(
         data_dir=data_dir,
         input_mean=_numbers(input_mean),
         input_std=_numbers(input_std),
+        precision=cast("Precision", precision),  # an unknown one is refused where it is used
+        draws=draws,
+        out=out,
+        save_images=save_images,
+        resume=resume,
     )
     if as_json:
         print(result.model_dump_json())

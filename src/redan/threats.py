@@ -1,6 +1,7 @@
 """What the attacker may do: a ball of some norm around each image, cut with the box [0, 1] of valid pixels.
 
-The radius is in units of pixels in [0, 1]; its text form is ``linf:8/255``, ``l2:0.5`` or ``l1:12``.
+The radius is in units of pixels in [0, 1]; its text form is ``linf:8/255``, ``l2:0.5`` or ``l1:12``. Threats that move
+pixels instead of changing them are in ``spatial``.
 """
 
 import re
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor
@@ -27,22 +28,61 @@ L1_STEP_SHARE = 0.05
 class Threat(ABC):
     """The set of images that an attacker may turn an image into.
 
+    Attributes:
+        kind: what such a threat is called, with an example; for messages.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The text that ``parse_threat`` reads."""
+
+    @abstractmethod
+    def contains(self, images: Tensor, center: Tensor) -> Tensor:
+        """Which ``images`` an attacker may turn those of ``center`` into: bool ``(n,)``; both ``(n, c, h, w)``."""
+
+    @classmethod
+    def require(cls, threat: Any, who: str) -> Self:
+        """The threat itself, where it is of this class.
+
+        Raises:
+            UserError: where it is not; the message begins with ``who``.
+        """
+        if not isinstance(threat, cls):
+            raise UserError(f"{who} needs {cls.kind}, got {threat if isinstance(threat, Threat) else repr(threat)}")
+        return threat
+
+
+def check_size(name: str, size: float) -> None:
+    """Raise UserError unless the size of a threat is a finite number of at least 0."""
+    if not isinstance(size, Real) or not 0 <= size < float("inf"):
+        raise UserError(f"a threat's {name} is a number of at least 0, got {size!r}")
+
+
+@dataclass(frozen=True)
+class LpBall(Threat):
+    """All images in [0, 1] within a distance of the image.
+
     Args:
         radius: size of the ball, in pixels of [0, 1]; at least 0.
+
+    Attributes:
+        norm: as texts spell it.
     """
 
     radius: float
     norm: ClassVar[str]
+    kind: ClassVar[str] = "an Lp threat such as linf:8/255"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.radius, Real) or not 0 <= self.radius < float("inf"):
-            raise UserError(f"a threat's radius is a number of at least 0, got {self.radius!r}")
+        check_size("radius", self.radius)
 
     def __str__(self) -> str:
         in_255ths = self.radius * 255
         if self.norm == "linf" and abs(in_255ths - round(in_255ths)) < 1e-9 and self.radius > 0:
             return f"{self.norm}:{round(in_255ths)}/255"
-        return f"{self.norm}:{float(self.radius)!r}".removesuffix(".0")
+        return f"{self.norm}:{number_text(self.radius)}"
 
     @abstractmethod
     def project(self, images: Tensor, center: Tensor) -> Tensor:
@@ -77,8 +117,12 @@ class Threat(ABC):
 
     def contains(self, images: Tensor, center: Tensor) -> Tensor:
         """Which images are inside the threat and inside [0, 1], decided in float64: bool ``(n,)``."""
-        valid = ((images >= 0) & (images <= 1)).flatten(1).all(1)
-        return valid & (self.distance(images, center) <= self.radius)
+        return valid(images) & (self.distance(images, center) <= self.radius)
+
+
+def valid(images: Tensor) -> Tensor:
+    """Which images have all pixels in [0, 1], none of them NaN: bool ``(n,)``."""
+    return ((images >= 0) & (images <= 1)).flatten(1).all(1)
 
 
 def _project_lengths(shrink: Callable[[Tensor, Tensor], Tensor], images: Tensor, center: Tensor) -> Tensor:
@@ -98,7 +142,8 @@ def standard_normal(like: Tensor, generator: Generator | None) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=_device(like, generator)).to(like.device)
 
 
-def _uniform(shape: torch.Size, like: Tensor, generator: Generator | None) -> Tensor:
+def uniform(shape: torch.Size, like: Tensor, generator: Generator | None) -> Tensor:
+    """Independent draws from [0, 1) in that shape, on the device of ``like``."""
     return torch.rand(shape, generator=generator, device=_device(like, generator)).to(like.device)
 
 
@@ -108,7 +153,7 @@ def _device(like: Tensor, generator: Generator | None) -> torch.device:
 
 
 @dataclass(frozen=True)
-class Linf(Threat):
+class Linf(LpBall):
     """Every pixel may change by at most ``radius``."""
 
     norm: ClassVar[str] = "linf"
@@ -118,7 +163,7 @@ class Linf(Threat):
         return images.clamp(center - radius, center + radius).clamp_(0, 1)
 
     def _draw(self, center: Tensor, generator: Generator | None) -> Tensor:
-        return (2 * _uniform(center.shape, center, generator) - 1) * self.radius
+        return (2 * uniform(center.shape, center, generator) - 1) * self.radius
 
     def ascend(self, images: Tensor, gradient: Tensor, step_size: float | Tensor) -> Tensor:
         return images + step_size * gradient.sign()
@@ -128,10 +173,11 @@ class Linf(Threat):
 
 
 @dataclass(frozen=True)
-class L2(Threat):
+class L2(LpBall):
     """The Euclidean length of the change is at most ``radius``."""
 
     norm: ClassVar[str] = "l2"
+    kind: ClassVar[str] = "an L2 threat such as l2:0.5"
 
     def project(self, images: Tensor, center: Tensor) -> Tensor:
         return _project_lengths(self._shrink, images, center)
@@ -157,7 +203,7 @@ class L2(Threat):
 
     def _draw(self, center: Tensor, generator: Generator | None) -> Tensor:
         direction = standard_normal(center, generator).flatten(1)
-        length = _uniform(torch.Size((len(center), 1)), center, generator) ** (1 / direction.shape[1])
+        length = uniform(torch.Size((len(center), 1)), center, generator) ** (1 / direction.shape[1])
         unit = direction / direction.norm(dim=1, keepdim=True)
         return (self.radius * length * unit).view_as(center)
 
@@ -173,7 +219,7 @@ class L2(Threat):
 
 
 @dataclass(frozen=True)
-class L1(Threat):
+class L1(LpBall):
     """The sum of the absolute changes is at most ``radius``."""
 
     norm: ClassVar[str] = "l1"
@@ -205,9 +251,9 @@ class L1(Threat):
     def _draw(self, center: Tensor, generator: Generator | None) -> Tensor:
         # d + 1 exponentials over their sum are uniform on the simplex; the last one is what is left unused.
         n, d = center.flatten(1).shape
-        exponentials = -torch.log1p(-_uniform(torch.Size((n, d + 1)), center, generator))
+        exponentials = -torch.log1p(-uniform(torch.Size((n, d + 1)), center, generator))
         share = exponentials[:, :d] / exponentials.sum(1, keepdim=True)
-        signs = torch.where(_uniform(torch.Size((n, d)), center, generator) < 0.5, -1.0, 1.0)
+        signs = torch.where(uniform(torch.Size((n, d)), center, generator) < 0.5, -1.0, 1.0)
         return (self.radius * share * signs).view_as(center)
 
     def ascend(self, images: Tensor, gradient: Tensor, step_size: float | Tensor) -> Tensor:
@@ -222,21 +268,30 @@ class L1(Threat):
         return (images.double() - center.double()).flatten(1).abs().sum(1)
 
 
-THREATS: dict[str, type[Threat]] = {threat.norm: threat for threat in (Linf, L2, L1)}
+THREATS: dict[str, type[LpBall]] = {threat.norm: threat for threat in (Linf, L2, L1)}
 
 
 def parse_threat(text: str) -> Threat:
-    """The threat that a text such as ``linf:8/255`` names.
+    """The threat that a text such as ``linf:8/255``, ``stadv:0.05`` or ``rotation:30+3`` names.
 
     Raises:
-        UserError: where the text is not ``NORM:RADIUS``.
+        UserError: where the text is none of these.
     """
-    norm, separator, radius = text.partition(":")
+    from redan.spatial import SPATIAL  # here and not above: these threats derive from the one in this module
+
+    name, separator, size = text.partition(":")
     if not separator:
         raise UserError(f"a threat is written NORM:RADIUS, such as linf:8/255 or l2:0.5, got {text!r}")
-    if norm not in THREATS:
-        raise unknown("threat norm", norm, THREATS)
-    return THREATS[norm](parse_number(radius))
+    if name in THREATS:
+        return THREATS[name](parse_number(size))
+    if name not in SPATIAL:
+        raise unknown("threat", name, [*THREATS, *SPATIAL])
+    return SPATIAL[name](size)
+
+
+def number_text(number: float) -> str:
+    """The shortest text that ``parse_number`` reads as this number: ``0.5``, ``30``."""
+    return repr(float(number)).removesuffix(".0")
 
 
 def parse_number(text: str | float) -> float:

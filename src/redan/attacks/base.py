@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from redan.attacks.objectives import Objective, misclassified
 from redan.attacks.search import SearchModel
 from redan.errors import UserError
-from redan.threats import Threat
+from redan.threats import LpBall, Threat
 
 
 class Outcome(NamedTuple):
@@ -57,7 +57,13 @@ class Attack(ABC):
         """
         search = model if isinstance(model, SearchModel) else SearchModel(model)
         check_input(images, labels)
+        if len(labels) and labels.amax() >= search.classes(images):
+            raise UserError(f"the model has {search.classes(images)} classes, and a label is {labels.amax()}")
         return self.run(search, images.detach(), labels, generator).images
+
+    def cost(self, classes: int) -> int:
+        """What an image costs that stands to the end: forward passes, a gradient counted as 3. Progress shows it."""
+        return 1
 
     @abstractmethod
     def run(self, search: SearchModel, images: Tensor, labels: Tensor, generator: Generator | None) -> Outcome:
@@ -88,7 +94,9 @@ class Standing:
     """The images of a batch that still stand, and what is known of those that fell.
 
     An image falls when the original model misclassifies it in float32, inside the exact threat set; from then on it
-    costs nothing. Attributes named below concern those that stand, ``k`` of ``n``.
+    costs nothing. A model that draws at random must misclassify it in every draw: one lucky draw is no defeat and ends
+    nothing, and of each image's candidates the one that most draws get wrong is kept. Attributes named below concern
+    those that stand, ``k`` of ``n``.
 
     Args:
         threat: the threat that an adversarial image must lie in.
@@ -98,6 +106,7 @@ class Standing:
         drop: whether images leave once they fall; training attacks all of them to the end.
 
     Attributes:
+        threat: as given.
         rows: ``(k,)`` positions in the batch.
         center: ``(k, c, h, w)`` clean images.
         labels: ``(k,)``.
@@ -106,9 +115,10 @@ class Standing:
     def __init__(
         self, threat: Threat, search: SearchModel, images: Tensor, labels: Tensor, *, drop: bool = True
     ) -> None:
-        self._threat, self._search, self._drop = threat, search, drop
+        self.threat, self._search, self._drop = threat, search, drop
         self._adversarial = images.clone()
         self._calls = torch.zeros_like(labels)
+        self._score = torch.zeros(len(labels), device=labels.device)  # share of draws that the kept candidate fools
         self.rows = torch.arange(len(labels), device=labels.device)
         self.center, self.labels = images, labels
 
@@ -121,13 +131,13 @@ class Standing:
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits at ``images`` ``(k, c, h, w)``, one forward pass and no gradient."""
-        self._calls[self.rows] += 1
+        self._calls[self.rows] += self._search.draws
         with torch.no_grad():
             return self._search.logits(images)
 
     def gradient(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, objective and gradient at ``images`` ``(k, c, h, w)``, one forward and one backward pass."""
-        self._calls[self.rows] += 1
+        self._calls[self.rows] += self._search.draws
         return self._search.gradient(images, objective, reference)
 
     def settle(self, images: Tensor, logits: Tensor) -> Tensor | None:
@@ -143,24 +153,31 @@ class Standing:
         """
         if not self._drop:
             return None
+        if self._search.draws > 1:
+            return self._let_fall(images, torch.arange(len(self), device=images.device))
         return self._let_fall(images, misclassified(logits, self.labels).nonzero().squeeze(1))
 
     def conclude(self, images: Tensor) -> None:
         """The last attempt on those that stand, ``(k, c, h, w)``: note it, and let those fall that it breaks."""
-        self._adversarial[self.rows] = images
+        nothing_better = self._score[self.rows] == 0
+        self._adversarial[self.rows[nothing_better]] = images[nothing_better]
         if self._drop and len(self):
             self._let_fall(images, torch.arange(len(self), device=images.device))
 
     def _let_fall(self, images: Tensor, suspects: Tensor) -> Tensor | None:
         """Confirm the suspects, positions among those that stand, on the original; see ``settle``."""
-        suspects = suspects[self._threat.contains(images[suspects], self.center[suspects])]
+        suspects = suspects[self.threat.contains(images[suspects], self.center[suspects])]
         if not len(suspects):
             return None
-        self._calls[self.rows[suspects]] += 1
-        fallen = suspects[self._search.broken(images[suspects], self.labels[suspects])]
+        rows = self.rows[suspects]
+        self._calls[rows] += self._search.draws
+        score = self._search.score(images[suspects], self.labels[suspects])
+        better = score > self._score[rows]
+        self._adversarial[rows[better]] = images[suspects[better]]
+        self._score[rows[better]] = score[better]
+        fallen = suspects[score == 1]
         if not len(fallen):
             return None
-        self._adversarial[self.rows[fallen]] = images[fallen]
         stands = torch.ones_like(self.labels, dtype=torch.bool)
         stands[fallen] = False
         self.rows, self.center, self.labels = keep(stands, self.rows, self.center, self.labels)
@@ -188,7 +205,7 @@ class Nearest:
         distance: float64 ``(n,)``; infinite where nothing is known.
     """
 
-    def __init__(self, threat: Threat, search: SearchModel, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, threat: LpBall, search: SearchModel, images: Tensor, labels: Tensor) -> None:
         self._threat, self._search, self._images, self._labels = threat, search, images, labels
         self._calls = torch.zeros_like(labels)
         self.best = images.clone()

@@ -112,6 +112,16 @@ def find_objective(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
+def best_targeted(classes: int) -> Objective:
+    """The targeted DLR, or the margin where there are too few classes for it."""
+    return targeted_dlr if classes >= 4 else targeted_margin
+
+
+def best_untargeted(classes: int) -> Objective:
+    """The DLR, or the margin where there are too few classes for it."""
+    return dlr if classes >= 3 else cw_margin
+
+
 def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
     """Where the prediction differs from the label: bool ``(n,)``. Logits that are not finite predict nothing."""
     return (logits.argmax(1) != labels) | ~torch.isfinite(logits).all(1)

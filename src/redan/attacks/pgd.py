@@ -9,7 +9,7 @@ from redan.attacks.base import Attack, Outcome, Standing, keep
 from redan.attacks.objectives import Objective, cross_entropy
 from redan.attacks.search import SearchModel
 from redan.errors import UserError, unknown
-from redan.threats import standard_normal
+from redan.threats import LpBall, standard_normal
 
 Start = Literal["random", "near", "image"]
 
@@ -34,6 +34,7 @@ class PGD(Attack):
         UserError: where these contradict themselves or each other.
     """
 
+    threat: LpBall
     steps: int = 10
     step_size: float | None = None
     objective: Objective = cross_entropy
@@ -42,6 +43,7 @@ class PGD(Attack):
     drop_broken: bool = True
 
     def __post_init__(self) -> None:
+        LpBall.require(self.threat, "PGD")
         if self.steps < 1 or self.restarts < 1:
             raise UserError(f"PGD takes at least 1 step and 1 restart, got {self.steps} and {self.restarts}")
         if self.step_size is not None and not self.step_size > 0:
@@ -54,6 +56,10 @@ class PGD(Attack):
             )
         if self.restarts > 1 and not self.drop_broken:
             raise UserError("restarts are for images that still stand; PGD with drop_broken=False takes 1")
+
+    def cost(self, classes: int) -> int:
+        """See ``Attack.cost``."""
+        return 3 * self.steps * self.restarts
 
     def run(self, search: SearchModel, images: Tensor, labels: Tensor, generator: Generator | None) -> Outcome:
         """See ``Attack.run``."""
@@ -95,10 +101,16 @@ class FGSM(Attack):
         UserError: for another objective.
     """
 
+    threat: LpBall
     objective: Objective = cross_entropy
 
     def __post_init__(self) -> None:
+        LpBall.require(self.threat, "FGSM")
         self._as_pgd()
+
+    def cost(self, classes: int) -> int:
+        """See ``Attack.cost``."""
+        return 3
 
     def run(self, search: SearchModel, images: Tensor, labels: Tensor, generator: Generator | None) -> Outcome:
         """See ``Attack.run``."""

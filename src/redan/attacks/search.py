@@ -45,19 +45,34 @@ class SearchModel:
         precision: of the search; ``auto`` is bfloat16 where the device has it natively and the model bears it.
         mode: of BatchNorm and dropout during the search. ``train`` uses the statistics of the batch; the original's
             buffers stay as they are all the same.
+        draws: of a model that draws at random: gradients are means over so many passes (expectation over
+            transformation, Athalye et al., ICML 2018), and so many judge each candidate. At least 1.
         compile: compile the search copy: a minute at the start, for runs that are long enough to earn it.
+
+    Attributes:
+        heartbeat: called with the images of each forward pass, three times as many where a gradient follows.
 
     Raises:
         UserError: for an unknown precision or mode; on use, for a model that cannot be attacked by its gradient.
     """
 
     def __init__(
-        self, model: nn.Module, *, precision: Precision = "auto", mode: Mode = "eval", compile: bool = False
+        self,
+        model: nn.Module,
+        *,
+        precision: Precision = "auto",
+        mode: Mode = "eval",
+        draws: int = 1,
+        compile: bool = False,
     ) -> None:
         if precision not in get_args(Precision):
             raise unknown("precision", precision, get_args(Precision))
         if mode not in get_args(Mode):
             raise unknown("attack mode", mode, get_args(Mode))
+        if draws < 1:
+            raise UserError(f"a model is asked at least once, got {draws} draws")
+        self.draws = draws
+        self.heartbeat: Callable[[int], None] = lambda images: None
         self._original = model
         self._judge: nn.Module | None = None
         self._precision = precision
@@ -65,6 +80,8 @@ class SearchModel:
         self._compile = compile
         self._copy: _FoldedCopy | None = None
         self._forward: Any = None
+        self._classes: int | None = None
+        self._precise: SearchModel | None = None
 
     @property
     def _exact(self) -> nn.Module:
@@ -80,13 +97,66 @@ class SearchModel:
         """Where the model is; the CPU for a model without parameters and buffers."""
         return next(_tensors(self._original), torch.empty(0)).device
 
+    @property
+    def precise(self) -> "SearchModel":
+        """This search in float32: for attacks that measure how near the boundary is, which bfloat16 moves."""
+        if self._precision == "float32":
+            return self
+        if self._precise is None:
+            self._precise = SearchModel(self._original, precision="float32", mode=self._mode, draws=self.draws)
+            self._precise.heartbeat = lambda images: self.heartbeat(images)
+        return self._precise
+
+    def classes(self, images: Tensor) -> int:
+        """How many logits the model gives for such images; one pass of one image, once."""
+        if self._classes is None:
+            logits = self.exact_logits(images[:1])
+            if logits.dim() != 2:
+                raise UserError(f"the model gives an output of shape {tuple(logits.shape)}, not logits (n, classes)")
+            self._classes = logits.shape[1]
+        return self._classes
+
     def refresh(self) -> None:
         """Take over the present weights and statistics of the original."""
         if self._copy is not None:
             self._copy.refresh()
+        if self._precise is not None:
+            self._precise.refresh()
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits of the search copy, float32 ``(n, classes)``, differentiable with respect to the images."""
+        """Logits of the search copy, float32 ``(n, classes)``, the mean of the draws."""
+        self.heartbeat(self.draws * len(images))
+        total = self._logits(images)
+        for _ in range(self.draws - 1):
+            total = total + self._logits(images)
+        return total / self.draws
+
+    def gradient(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits ``(n, classes)``, objective ``(n,)`` and its gradient with respect to the images ``(n, c, h, w)``.
+
+        All three are the means of the draws.
+        """
+
+        def value(logits: Tensor) -> Tensor:
+            return objective(logits, reference.clone())  # what a caller made in inference mode allows no backward pass
+
+        logits, values, gradient = self._gradient(images, value)
+        for _ in range(self.draws - 1):
+            more = self._gradient(images, value)
+            logits, values, gradient = logits + more[0], values + more[1], gradient + more[2]
+        return logits / self.draws, values / self.draws, gradient / self.draws
+
+    def _gradient(self, images: Tensor, value: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """One draw of the logits, their values and the gradient."""
+        self.heartbeat(3 * len(images))
+        logits, values, gradient = _differentiate(self._logits, images, value)
+        if gradient is None:
+            raise UserError("the model's logits do not depend on the images by any gradient, so this cannot attack it")
+        # One infinite slope in the model must not turn the whole image into NaN.
+        return logits, values, gradient.nan_to_num()
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """One draw of the search copy's logits."""
         if self._forward is None:
             with torch.inference_mode(False):  # what is made there could not be differentiated later
                 self._prepare(images)
@@ -95,24 +165,21 @@ class SearchModel:
             logits: Tensor = self._forward(images)
         return logits.float()
 
-    def gradient(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``(n, classes)``, objective ``(n,)`` and its gradient with respect to the images ``(n, c, h, w)``."""
-
-        def value(logits: Tensor) -> Tensor:
-            return objective(logits, reference.clone())  # what a caller made in inference mode allows no backward pass
-
-        logits, values, gradient = _differentiate(self.logits, images, value)
-        if gradient is None:
-            raise UserError("the model's logits do not depend on the images by any gradient, so this cannot attack it")
-        # One infinite slope in the model must not turn the whole image into NaN.
-        return logits, values, gradient.nan_to_num()
-
     @torch.no_grad()
     def exact_logits(self, images: Tensor) -> Tensor:
-        """Logits of the original in float32 and evaluation mode, ``(n, classes)``."""
+        """One draw of the original's logits in float32 and evaluation mode, ``(n, classes)``."""
+        self.heartbeat(len(images))
         with torch.autocast(images.device.type, enabled=False), _no_tf32(images.device):
             logits: Tensor = self._exact(images)
         return logits.float()
+
+    def score(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Share of the draws in which the original misclassifies each image in float32 and evaluation mode: ``(n,)``.
+
+        Without randomness that is 1 for a broken image and 0 for any other.
+        """
+        wrong = [misclassified(self.exact_logits(images), labels) for _ in range(self.draws)]
+        return torch.stack(wrong).float().mean(0)
 
     def _evaluated(self, images: Tensor) -> Tensor:
         """The original in evaluation mode, searched as it is."""
@@ -120,8 +187,8 @@ class SearchModel:
         return logits
 
     def broken(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Which images the original misclassifies in float32 and evaluation mode: bool ``(n,)``."""
-        return misclassified(self.exact_logits(images), labels)
+        """Which images the original misclassifies in float32 and evaluation mode, in every draw: bool ``(n,)``."""
+        return self.score(images, labels) == 1
 
     def _wants_bfloat16(self, device: torch.device) -> bool:
         return self._precision == "bfloat16" or (self._precision == "auto" and has_fast_bfloat16(device))
@@ -132,6 +199,8 @@ class SearchModel:
             self._forward = _twin(self._original, training=True)
             return
         self._forward = self._evaluated
+        if self.draws > 1:  # a trace could keep one draw for ever, and no comparison would tell
+            return
         folded, sample = _FoldedCopy.of(self._exact), images[:8].detach()
         if folded is None or not _is_faithful(folded.module, self._exact, sample):
             return

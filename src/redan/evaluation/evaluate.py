@@ -5,65 +5,61 @@ again in float32, in evaluation mode and inside the exact threat; one row an ima
 """
 
 import dataclasses
-import importlib
+import hashlib
 import math
 import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from redan.attacks.base import Attack
 from redan.attacks.objectives import cw_margin
 from redan.attacks.pgd import PGD
-from redan.attacks.search import SearchModel
-from redan.data.pipeline import center_crop, to_float
+from redan.attacks.search import Precision, SearchModel
+from redan.attacks.square import Square
 from redan.data.registry import load_dataset
-from redan.data.types import ImageSet
 from redan.errors import UserError
+from redan.evaluation import randomness
+from redan.evaluation.journal import Journal
+from redan.evaluation.pictures import adversarial_images
 from redan.evaluation.progress import EvaluationProgress
-from redan.evaluation.protocol import DEFAULT, parse_protocol
-from redan.evaluation.results import Accuracy, CurvePoint, Evaluation, GalleryEntry, Row
-from redan.models.norms import Normalise
-from redan.run import Checkpoint, read_run
-from redan.seeds import generator
+from redan.evaluation.protocol import default_protocol, parse_protocol
+from redan.evaluation.results import Accuracy, CurvePoint, Evaluation, GalleryEntry, Randomised, Row
+from redan.evaluation.subject import Subject, find_subject, normalised
+from redan.evaluation.survey import Survey
+from redan.run import Checkpoint
+from redan.seeds import derive_seed
 from redan.tensors import save_tensors
-from redan.threats import Threat, parse_threat
+from redan.threats import LpBall, Threat, parse_threat
 from redan.version import __version__
 
-BATCH = 250
 CURVE_RADII = (0.25, 0.5, 0.75, 1.5, 2.0)  # in units of the threat's radius, at which the attacks themselves stand
 CURVE = "curve"  # what an image fell to that only the search at another radius could break
 GALLERY = 12
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated: a network with the name, threat, data and image size that it comes with."""
-
-    name: str
-    network: nn.Module
-    folder: Path | None
-    data: str | None
-    size: int | None
-    threat: str | None
+DRAWS = 20  # passes that average a gradient and judge a candidate of a model that draws at random
 
 
 def evaluate(
     run: str | Path | nn.Module,
     *,
     threat: str | Threat | None = None,
-    attack: str = DEFAULT,
+    attack: str | None = None,
     samples: int | None = None,
     seed: int = 0,
     checkpoint: Checkpoint = "best",
     curve: bool = True,
+    precision: Precision = "auto",
+    draws: int = DRAWS,
     data: str | None = None,
     data_dir: str | Path | None = None,
     input_mean: Sequence[float] | None = None,
     input_std: Sequence[float] | None = None,
+    out: str | Path | None = None,
+    save_images: bool = False,
+    resume: bool = False,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate a network on test images, clean and under attack.
@@ -71,68 +67,114 @@ def evaluate(
     Args:
         run: a run folder, ``package.module:function`` that returns a module, or a module.
         threat: such as ``linf:8/255``; the run's own if None.
-        attack: a protocol, see ``redan.evaluation.protocol``.
+        attack: a protocol, see ``redan.evaluation.protocol``; by default one that fits the threat.
         samples: the first so many test images, in order; all if None.
         seed: of the attacks.
         checkpoint: of a run: ``best`` or ``last``.
-        curve: also find the accuracy at smaller and larger radii, by PGD-20 on the margin.
+        curve: also find the accuracy at smaller and larger radii, by PGD-20 on the margin; not of a model that draws
+            at random, and not for a threat that moves pixels.
+        precision: of the search; float32 confirms in any case.
+        draws: of a model that draws at random, at least 2: passes that average each gradient and judge each candidate.
         data: the data set; the run's own if None.
         data_dir: the folder of data sets.
         input_mean: for a network without its normalisation, subtracted from the images.
         input_std: likewise, divided by.
+        out: folder of the results; a run's own ``results/`` if None. Without either nothing is written.
+        save_images: keep the adversarial images, exact and rounded to 8 bits, beside the result.
+        resume: go on with the unfinished evaluation of the same settings.
         progress: show it on standard error.
 
     Returns:
-        The evaluation; for a run folder it is also written to its ``results/``.
+        The evaluation.
 
     Raises:
         UserError: for a mistake in any of these.
     """
-    subject = _subject(run, checkpoint)
-    network = _normalised(subject.network, input_mean, input_std)
+    subject = find_subject(run, checkpoint)
+    network = normalised(subject.network, input_mean, input_std)
     parsed = _threat(threat, subject)
-    attacks = parse_protocol(attack, parsed)
+    attack = attack or default_protocol(parsed)
     name = data or subject.data
     if name is None:
         raise UserError(f"{subject.name} does not say which images it is for; name them with --data")
+    if draws < 2:
+        raise UserError(f"--draws is at least 2, got {draws}")
+    folder = Path(out) if out is not None else subject.folder / "results" if subject.folder is not None else None
+    if folder is None and (save_images or resume):
+        raise UserError("nothing says where to keep the results; name a folder with --out")
+    parse_protocol(attack, parsed, classes=10)  # a misspelt one is told before the data are loaded
     dataset = load_dataset(name, Path(data_dir) if data_dir is not None else None)
-    count = len(dataset.test) if samples is None else samples
+    count, classes = len(dataset.test) if samples is None else samples, len(dataset.class_names)
     if not 1 <= count <= len(dataset.test):
         raise UserError(f"--samples is between 1 and {len(dataset.test)} for {name}, got {samples}")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)
-    # The last attack searches in float32: bfloat16 misses a few in a thousand images, and few are left to pay for it.
-    fast, exact = SearchModel(network), SearchModel(network, precision="float32")
     started = time.perf_counter()
-    rows: list[Row] = []
-    pictures: list[tuple[Tensor, Tensor]] = []
-    least = torch.full((count,), math.inf, dtype=torch.float64)  # distance of the nearest adversarial image known
-    gallery: list[GalleryEntry] = []
-    with EvaluationProgress(count, show=progress) as bar:
-        for start in range(0, count, BATCH):
-            images, labels = _batch(dataset.test, start, min(start + BATCH, count), subject.size, device)
-            examined = _Batch(fast, images, labels, start, len(dataset.class_names))
-            for i, (title, method) in enumerate(attacks.items()):
-                bar.update(start, title, sum(row.verdict == "unknown" for row in rows) + int(examined.stands.sum()))
-                search = exact if i == len(attacks) - 1 else fast
-                examined.meet(title, method, search, generator(seed, "evaluate", i, start))
-            for scale in CURVE_RADII if curve else ():
-                bar.update(start, f"radius x{scale:g}", None)
-                examined.probe(dataclasses.replace(parsed, radius=scale * parsed.radius), parsed.radius, seed)
-            least[start : start + len(labels)] = examined.least.cpu()
-            new_rows = examined.rows()
-            for k in [k for k, row in enumerate(new_rows) if row.verdict == "falsified"][: GALLERY - len(pictures)]:
-                pictures.append((images[k].cpu(), examined.adversarial[k].cpu()))
-                gallery.append(_gallery_entry(new_rows[k]))
-            rows += new_rows
-            bar.update(start + len(labels), "", sum(row.verdict == "unknown" for row in rows))
-    clean = Accuracy.of(sum(row.verdict != "misclassified" for row in rows), count)
-    robust = Accuracy.of(sum(row.verdict == "unknown" for row in rows), count)
-    standing, after = clean.correct, {}
-    for title in [*attacks, *([CURVE] if curve else [])]:
-        standing -= sum(row.by == title for row in rows)
+    kept = subject.folder is not None
+    settings = {
+        "threat": str(parsed),
+        "attack": attack,
+        "samples": count,
+        "seed": seed,
+        "checkpoint": checkpoint if kept else "-",
+        "precision": precision,
+        "data": name,
+        "run_data": subject.data,
+        "draws": draws,
+        "curve": curve,
+        "weights": _fingerprint(network),
+    }
+    stem = _stem(settings)
+    journal = Journal(folder and folder / f"{stem}.partial", settings, resume=resume)
+    with (
+        journal.kept_when_stopped(),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        EvaluationProgress(show=progress) as bar,
+    ):
+        torch.manual_seed(derive_seed(seed, "evaluate"))
+        survey = Survey(network, dataset.test, count, subject.size, classes=classes, draws=draws, journal=journal)
+        attacks = parse_protocol(attack, parsed, classes=classes, random=survey.random)
+        if survey.random:
+            warnings.warn(
+                f"{subject.name} draws at random: every gradient and verdict is over {draws} draws, by "
+                f"{' and '.join(attacks)}, and accuracy is counted by four rules",
+                stacklevel=2,
+            )
+        survey.judge.heartbeat = bar.beat
+        radius = parsed.radius if isinstance(parsed, LpBall) else math.inf
+        # The last attack searches in float32: bfloat16 misses a few in a thousand images, and few are left to pay it.
+        # Not so Square, which takes thousands of steps and needs no exact slope.
+        last: Precision = "float32" if precision == "auto" else precision
+        fast, exact = (SearchModel(network, precision=p, draws=survey.judge.draws) for p in (precision, last))
+        fast.heartbeat = exact.heartbeat = bar.beat
+        for i, (title, method) in enumerate(attacks.items()):
+            ahead = sum(later.cost(classes) for later in list(attacks.values())[i:])
+            bar.begin(title, survey.stands, ahead * survey.judge.draws)
+            search = exact if i == len(attacks) - 1 and not isinstance(method, Square) else fast
+            survey.meet(f"{i}-{title}", title, method, search, survey.stands, (seed, "evaluate", i), radius)
+            bar.end(title, survey.stands)
+        measured = parsed if curve and isinstance(parsed, LpBall) and not survey.random else None
+        if measured is not None:
+            for scale in CURVE_RADII:
+                ball = dataclasses.replace(measured, radius=scale * measured.radius)
+                probe, unbroken = PGD(ball, steps=20, objective=cw_margin), survey.least > ball.radius
+                bar.begin(f"radius x{scale:g}", unbroken, probe.cost(classes))
+                survey.meet(f"x{scale:g}", CURVE, probe, fast, unbroken, (seed, "curve", repr(scale)), radius)
+        randomised = None
+        if survey.random:
+            clean_counts, robust_counts = randomness.count(survey, network, parsed, draws, derive_seed(seed, "fixed"))
+            randomised = Randomised(draws=draws, clean=clean_counts, robust=robust_counts)
+        rows = survey.rows(measured=isinstance(parsed, LpBall))
+    clean = Accuracy.of(int(survey.right.sum()), count)
+    robust = Accuracy.of(int(survey.stands.sum()), count)
+    if randomised is not None:
+        clean, robust = randomised.clean.mean, randomised.robust.mean
+    standing, after = int(survey.right.sum()), {}
+    for title in [*attacks, *([CURVE] if measured is not None else [])]:
+        standing -= sum(row.verdict == "falsified" and row.by == title for row in rows)
         after[title] = standing / count
+    entries, pictures = _gallery(rows, survey)
     result = Evaluation(
         redan_version=__version__,
         run=subject.name,
@@ -142,6 +184,7 @@ def evaluate(
         threat=str(parsed),
         attack=attack,
         seed=seed,
+        precision=precision,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         samples=count,
         clean=clean,
@@ -151,102 +194,45 @@ def evaluate(
         attacks=after,
         seconds=round(time.perf_counter() - started, 3),
         model_calls=sum(row.model_calls for row in rows),
-        curve=_curve(parsed, clean, least) if curve else (),
-        gallery=tuple(gallery),
+        randomised=randomised,
+        curve=() if measured is None else _curve(measured, clean, survey.least),
+        gallery=entries,
         per_image=tuple(rows),
     )
-    if subject.folder is not None:
-        _save(result, subject.folder / "results", pictures)
+    if folder is not None:
+        if pictures:
+            save_tensors(folder / f"{stem}.safetensors", pictures)
+        if save_images:
+            save_tensors(folder / f"{stem}.images.safetensors", adversarial_images(survey, parsed))
+        result.save(folder / f"{stem}.json")
+        journal.close()
     return result
 
 
-class _Batch:
-    """A batch of test images on its way through the attacks."""
-
-    def __init__(self, search: SearchModel, images: Tensor, labels: Tensor, start: int, classes: int) -> None:
-        self.search, self.images, self.labels, self.start = search, images, labels, start
-        try:
-            logits = search.exact_logits(images)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"the network cannot take images of shape {tuple(images.shape[1:])}: {reason}") from error
-        if logits.shape != (len(images), classes):
-            raise UserError(
-                f"the network gives {tuple(logits.shape[1:])} outputs an image; the data have {classes} classes"
+def _gallery(rows: list[Row], survey: Survey) -> tuple[tuple[GalleryEntry, ...], dict[str, Tensor]]:
+    """The first images that fell, with their pictures."""
+    fallen = [row for row in rows if row.verdict == "falsified"][:GALLERY]
+    entries = []
+    for row in fallen:
+        assert row.adversarial_prediction is not None and row.adversarial_confidence is not None
+        entries.append(
+            GalleryEntry(
+                index=row.index,
+                label=row.label,
+                prediction=row.prediction,
+                confidence=row.confidence,
+                adversarial_prediction=row.adversarial_prediction,
+                adversarial_confidence=row.adversarial_confidence,
             )
-        if not torch.isfinite(logits).all():
-            raise UserError("the network gives logits that are not finite on clean images")
-        self.confidence, self.prediction = logits.softmax(1).max(1)
-        self.stands = self.prediction == labels
-        self.right = self.stands.clone()
-        self.adversarial = images.clone()
-        self.fallen_to: list[str | None] = [None] * len(labels)
-        self.calls = torch.ones_like(labels)
-        self.least = torch.where(self.stands, math.inf, 0.0).double()
-
-    def meet(self, title: str, attack: Attack, search: SearchModel, draws: torch.Generator) -> None:
-        """Those that stand meet an attack; who falls is confirmed once more and keeps its adversarial image."""
-        fell, images, distances = self._attack(attack, search, self.stands, draws)
-        self.adversarial[fell] = images
-        self.least[fell] = torch.minimum(self.least[fell], distances)
-        self.stands[fell] = False
-        for k in fell.tolist():
-            self.fallen_to[k] = title
-
-    def probe(self, threat: Threat, asked: float, seed: int) -> None:
-        """Look for adversarial images within another radius than the one ``asked`` for, for the curve.
-
-        What is found within the asked radius counts there, too: no counterexample is ever dropped.
-        """
-        unbroken = self.least > threat.radius
-        draws = generator(seed, "curve", repr(threat.radius), self.start)
-        fell, images, distances = self._attack(PGD(threat, steps=20, objective=cw_margin), self.search, unbroken, draws)
-        self.least[fell] = torch.minimum(self.least[fell], distances)
-        newly = self.stands[fell] & (distances <= asked)
-        self.adversarial[fell[newly]] = images[newly]
-        self.stands[fell[newly]] = False
-        for k in fell[newly].tolist():
-            self.fallen_to[k] = CURVE
-
-    def _attack(
-        self, attack: Attack, search: SearchModel, who: Tensor, draws: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions of those that fell, their adversarial images, and how far these are in the threat's norm."""
-        positions = who.nonzero().squeeze(1)
-        if not len(positions):
-            return positions, self.images[positions], self.least[positions]
-        images, labels = self.images[positions], self.labels[positions]
-        outcome = attack.run(search, images, labels, draws)
-        self.calls[positions] += outcome.calls + 1
-        fell = self.search.broken(outcome.images, labels) & attack.threat.contains(outcome.images, images)
-        distances = attack.threat.distance(outcome.images, images)
-        return positions[fell], outcome.images[fell], distances[fell]
-
-    def rows(self) -> list[Row]:
-        """One row an image."""
-        logits = self.search.exact_logits(self.adversarial)
-        confidence, prediction = (values.tolist() for values in logits.softmax(1).max(1))
-        rows = []
-        for k, by in enumerate(self.fallen_to):
-            right = bool(self.right[k])
-            rows.append(
-                Row(
-                    index=self.start + k,
-                    label=int(self.labels[k]),
-                    prediction=int(self.prediction[k]),
-                    confidence=float(self.confidence[k]),
-                    verdict="misclassified" if not right else "unknown" if by is None else "falsified",
-                    by=by,
-                    adversarial_prediction=None if by is None else prediction[k],
-                    adversarial_confidence=None if by is None else confidence[k],
-                    distance=None if by is None else float(self.least[k]),
-                    model_calls=int(self.calls[k]),
-                )
-            )
-        return rows
+        )
+    if not fallen:
+        return (), {}
+    indices = [row.index for row in fallen]
+    images = survey.images(torch.tensor(indices)).cpu()
+    return tuple(entries), {"images": images, "adversarials": torch.stack([survey.adversarial[k] for k in indices])}
 
 
-def _curve(threat: Threat, clean: Accuracy, least: Tensor) -> tuple[CurvePoint, ...]:
+def _curve(threat: LpBall, clean: Accuracy, least: Tensor) -> tuple[CurvePoint, ...]:
     """Accuracy at each radius: an image stands where no adversarial image as near as that is known."""
     radii = [0.0, *sorted(scale * threat.radius for scale in (*CURVE_RADII, 1.0))]
     standing = [clean.correct if radius == 0 else int((least > radius).sum()) for radius in radii]
@@ -256,31 +242,26 @@ def _curve(threat: Threat, clean: Accuracy, least: Tensor) -> tuple[CurvePoint, 
     )
 
 
-def _gallery_entry(row: Row) -> GalleryEntry:
-    assert row.adversarial_prediction is not None and row.adversarial_confidence is not None
-    return GalleryEntry(
-        index=row.index,
-        label=row.label,
-        prediction=row.prediction,
-        confidence=row.confidence,
-        adversarial_prediction=row.adversarial_prediction,
-        adversarial_confidence=row.adversarial_confidence,
-    )
+def _stem(settings: dict[str, Any]) -> str:
+    """The name of the files; evaluations that differ in any setting that a user gives have files of their own."""
+    parts = [settings[key] for key in ("attack", "threat", "samples", "checkpoint")]
+    unusual = {"data": settings["run_data"], "precision": "auto", "draws": DRAWS}
+    parts += [f"{key}_{settings[key]}" for key, usual in unusual.items() if settings[key] != usual]
+    stem = "-".join(map(str, parts)) + f"-seed{settings['seed']}"
+    return "".join(c if c.isalnum() or c in "-+." else "_" for c in stem)
 
 
-def _save(result: Evaluation, folder: Path, pictures: list[tuple[Tensor, Tensor]]) -> None:
-    """Keep the result; evaluations that differ in any setting have files of their own."""
-    stem = f"{result.attack}-{result.threat}-{result.samples}-{result.checkpoint}-seed{result.seed}"
-    stem = "".join(c if c.isalnum() or c in "-+." else "_" for c in stem)
-    if pictures:
-        images, adversarials = (torch.stack(side) for side in zip(*pictures, strict=True))
-        save_tensors(folder / f"{stem}.safetensors", {"images": images, "adversarials": adversarials})
-    result.save(folder / f"{stem}.json")
-
-
-def _batch(test: ImageSet, start: int, stop: int, size: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    images = to_float(test.images[start:stop].to(device))
-    return images if size is None else center_crop(images, size), test.labels[start:stop].to(device)
+def _fingerprint(network: nn.Module) -> str:
+    """A digest of all weights and statistics."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            if tensor.dim()
+            else repr(tensor.item()).encode()
+        )
+    return digest.hexdigest()
 
 
 def _threat(threat: str | Threat | None, subject: Subject) -> Threat:
@@ -290,38 +271,3 @@ def _threat(threat: str | Threat | None, subject: Subject) -> Threat:
     if text is None:
         raise UserError(f"{subject.name} does not say what it withstands; name the threat with --threat linf:8/255")
     return parse_threat(text)
-
-
-def _subject(run: str | Path | nn.Module, checkpoint: Checkpoint) -> Subject:
-    """What ``run`` names: a run folder, a function that returns a module, or a module itself."""
-    if isinstance(run, nn.Module):
-        return Subject(type(run).__name__, run, None, None, None, None)
-    text = str(run)
-    module, separator, function = text.partition(":")
-    if separator and not Path(text).exists():
-        return Subject(text, _imported(text, module, function), None, None, None, None)
-    recipe, facts, network = read_run(run, checkpoint)
-    size = recipe.data.crop or facts.size
-    return Subject(Path(run).resolve().name, network, Path(run), recipe.data.name, size, recipe.threat)
-
-
-def _imported(text: str, module: str, function: str) -> nn.Module:
-    try:
-        network = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise UserError(f"cannot get a network from {text}: {error}") from error
-    if not isinstance(network, nn.Module):
-        raise UserError(f"{text} returns {type(network).__name__}, not a torch module")
-    return network.eval()
-
-
-def _normalised(network: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
-    """The network with its normalisation as first layer, where the caller says that it lacks one."""
-    if mean is None and std is None:
-        return network
-    if mean is None or std is None:
-        raise UserError("--input-mean and --input-std go together")
-    try:
-        return nn.Sequential(Normalise(mean, std), network)
-    except ValueError as error:
-        raise UserError(str(error)) from error

@@ -1,34 +1,39 @@
 """What a person sees while an evaluation runs."""
 
 import sys
+import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 
 class EvaluationProgress:
-    """A bar over the images with the present attack and how many still stand, on standard error, on a terminal only.
+    """On standard error: a line for each attack that is done, and on a terminal a bar with the time left.
+
+    The bar counts forward passes; how many are still to come falls as images do, so the time left is a bound for the
+    attacks ahead.
 
     Args:
-        samples: images in all.
         show: False shows nothing.
     """
 
-    def __init__(self, samples: int, *, show: bool) -> None:
+    def __init__(self, *, show: bool) -> None:
+        self._show = show
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar = Progress(
-            TextColumn("images"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=10),
-            TextColumn("{task.fields[state]} "),
+            TextColumn("{task.fields[state]}"),
+            BarColumn(bar_width=20),
             TimeRemainingColumn(),
             TextColumn("left"),
-            console=Console(stderr=True),
+            console=self._console,
             disable=not show or not sys.stderr.isatty(),
             transient=True,
         )
-        self._task = self._bar.add_task("", total=samples, state="")
-        self._standing = 0
+        self._task = self._bar.add_task("", total=None, state="")
+        self._done = 0.0
+        self._started = time.perf_counter()
 
     def __enter__(self) -> "EvaluationProgress":
         self._bar.start()
@@ -39,7 +44,23 @@ class EvaluationProgress:
     ) -> None:
         self._bar.stop()
 
-    def update(self, done: int, attack: str, standing: int | None) -> None:
-        """``done`` images are finished, ``attack`` is at work, ``standing`` images stand so far (None: as before)."""
-        self._standing = self._standing if standing is None else standing
-        self._bar.update(self._task, completed=done, state=f"{self._standing} stand  {attack}")
+    def begin(self, attack: str, stands: Tensor, cost: int) -> None:
+        """``attack`` begins; those that stand, bool ``(n,)``, may cost so many passes each from here to the end."""
+        total = self._done + cost * int(stands.sum())
+        self._bar.update(self._task, total=total, state=f"{attack}: {share(stands)} stand")
+
+    def beat(self, passes: int) -> None:
+        """So many images have been through a pass."""
+        self._done += passes
+        self._bar.update(self._task, completed=self._done)
+
+    def end(self, attack: str, stands: Tensor) -> None:
+        """``attack`` is done, and these stand."""
+        if self._show:
+            seconds = time.perf_counter() - self._started
+            self._console.print(f"after {attack}: {share(stands)} of {len(stands)} stand ({seconds:.0f} s)")
+
+
+def share(stands: Tensor) -> str:
+    """As a percentage."""
+    return f"{100 * float(stands.float().mean()):.2f} %"

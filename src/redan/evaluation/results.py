@@ -81,6 +81,40 @@ class GalleryEntry(Frozen):
     adversarial_confidence: float
 
 
+class Counts(Frozen):
+    """Accuracy of a model that draws at random, by rule of counting.
+
+    ``mean`` of the draws; images that are right in every draw (``worst``), in most draws (``majority``), and with one
+    draw that is ``fixed`` and known to the attacker.
+    """
+
+    mean: Accuracy
+    worst: Accuracy
+    majority: Accuracy
+    fixed: Accuracy
+
+
+class Randomised(Frozen):
+    """What was counted of a model that draws at random, over ``draws`` passes."""
+
+    draws: int
+    clean: Counts
+    robust: Counts
+
+
+class Check(Frozen):
+    """One check for gradient masking.
+
+    ``passed`` is None where the check does not apply. ``figure`` is what was measured, in words for a person;
+    ``values`` are the numbers behind it, by label.
+    """
+
+    name: str
+    passed: bool | None
+    figure: str
+    values: dict[str, float] = {}
+
+
 class Evaluation(Frozen):
     """The result of ``redan evaluate``: who stood, who fell, to what, and at which price."""
 
@@ -92,6 +126,7 @@ class Evaluation(Frozen):
     threat: str
     attack: str
     seed: int
+    precision: str = "auto"
     device: str
     samples: int
     clean: Accuracy
@@ -102,6 +137,8 @@ class Evaluation(Frozen):
     attacks: dict[str, float]
     seconds: float
     model_calls: int
+    randomised: Randomised | None = None
+    diagnostics: tuple[Check, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     gallery: tuple[GalleryEntry, ...] = ()
     per_image: tuple[Row, ...]

@@ -16,7 +16,7 @@ from redan.methods.registry import method_options
 from redan.methods.weight_averaging import WeightAveragingConfig
 from redan.methods.weight_perturbation import WeightPerturbationConfig
 from redan.models.registry import model_options
-from redan.threats import Threat, parse_number, parse_threat
+from redan.threats import LpBall, parse_number, parse_threat
 
 
 def _number(value: Any) -> float:
@@ -99,7 +99,7 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _names_exist(self) -> "Recipe":
-        parse_threat(self.threat)
+        self.parsed_threat()
         for kind, named, known in (
             ("model", self.model, model_options(self.model.name)),
             ("method", self.method, method_options(self.method.name)),
@@ -109,9 +109,9 @@ class Recipe(Config):
                     raise unknown(f"option of {kind} {named.name}", option, known)
         return self
 
-    def parsed_threat(self) -> Threat:
-        """The threat as an object."""
-        return parse_threat(self.threat)
+    def parsed_threat(self) -> LpBall:
+        """The threat as an object. Raises: UserError where it is no Lp ball, for training attacks with PGD."""
+        return LpBall.require(parse_threat(self.threat), "a recipe")
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain data that reads back to the same recipe."""

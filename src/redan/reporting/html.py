@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from redan.errors import UserError
-from redan.evaluation.results import Accuracy, Evaluation
+from redan.evaluation.results import Accuracy, Evaluation, Row
 from redan.files import write_atomically
 from redan.reporting.figures import MARKERS, line_style, magnified, png, radius_figure, training_figures
 from redan.reporting.runs import Result, Run, read_run
@@ -35,6 +36,23 @@ class _Curves:
     title: str
     figure: Markup
     legend: list[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of the waterfall from all images down to those that stand.
+
+    Attributes:
+        title: of the attack.
+        took: how many images it took; None for those that are left in the end.
+        after: who stands after it.
+        calls: mean model calls of the images that it took, or that are left; None where there are none.
+    """
+
+    title: str
+    took: int | None
+    after: Accuracy
+    calls: float | None
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -70,8 +88,11 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         evaluated=evaluated,
         date=max(run.date for run in read.values()),
         curves=_curves(read),
+        randomised={title: result.evaluation for title, result in evaluated.items() if result.evaluation.randomised},
+        diagnostics={title: checks for title, result in evaluated.items() if (checks := result.evaluation.diagnostics)},
         galleries={title: _gallery(result) for title, result in evaluated.items() if len(result.images)},
         share=_share,
+        steps=_steps,
         training_figures=training_figures,
         train=lambda run: shlex.join(["redan", "train", run.part("name")]),
         evaluate=_evaluate,
@@ -94,6 +115,8 @@ def _evaluate(run: Run, evaluation: Evaluation | None = None) -> str:
     if evaluation is not None:
         options = {"--threat": evaluation.threat, "--attack": evaluation.attack}
         options |= {"--samples": evaluation.samples, "--seed": evaluation.seed}
+        options |= {"--precision": evaluation.precision} if evaluation.precision != "auto" else {}
+        options |= {"--draws": evaluation.randomised.draws} if evaluation.randomised else {}
     words = [str(word) for option in options.items() for word in option]
     return shlex.join(["redan", "evaluate", str(run.folder), *words])
 
@@ -101,6 +124,24 @@ def _evaluate(run: Run, evaluation: Evaluation | None = None) -> str:
 def _share(value: float, samples: int) -> Accuracy:
     """A share that the results keep as one number, with its interval."""
     return Accuracy.of(round(value * samples), samples)
+
+
+def _steps(evaluation: Evaluation) -> list[_Step]:
+    """What each attack of the protocol took, counted in the rows; first those that no attack was needed for."""
+    rows, left = evaluation.per_image, evaluation.samples
+    groups = [("no attack", [row for row in rows if row.verdict == "misclassified"])]
+    for attack in evaluation.attacks:
+        groups.append((attack, [row for row in rows if row.verdict == "falsified" and row.by == attack]))
+    steps = []
+    for title, taken in groups:
+        left -= len(taken)
+        steps.append(_Step(title, len(taken), Accuracy.of(left, evaluation.samples), _mean_calls(taken)))
+    standing = [row for row in rows if row.verdict == "unknown"]
+    return [*steps, _Step("every attack", None, steps[-1].after, _mean_calls(standing))]
+
+
+def _mean_calls(rows: Sequence[Row]) -> float | None:
+    return fmean(row.model_calls for row in rows) if rows else None
 
 
 def _curves(runs: dict[str, Run]) -> list[_Curves]:

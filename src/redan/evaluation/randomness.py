@@ -1,0 +1,72 @@
+"""Models that draw at random: what is counted of them.
+
+A figure of such a model means little without the rule it was counted by, so all four are given, clean and attacked.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from redan.attacks.pgd import PGD
+from redan.attacks.search import SearchModel
+from redan.evaluation.results import Accuracy, Counts
+from redan.evaluation.survey import Survey
+from redan.threats import LpBall, Threat
+
+FIXED_STEPS = 50
+
+
+class Fixed(nn.Module):
+    """The model with the same torch randomness at each pass, the attacker's as well as the judge's.
+
+    Each place in the batch has draws of its own, so they stay an image's own where the batch stays whole.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        super().__init__()
+        self.model, self.seed = model, seed
+
+    def forward(self, images: Tensor) -> Tensor:
+        devices = [images.device] if images.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed)
+            logits: Tensor = self.model(images)
+        return logits
+
+
+def count(
+    survey: Survey, network: nn.Module, threat: Threat, draws: int, seed: int, batch: int = 250
+) -> tuple[Counts, Counts]:
+    """Clean and attacked accuracy under each rule, the attacked one on the survey's adversarial images.
+
+    New draws judge, not those that chose the adversarial images: these would count luck as weakness. Only for
+    ``fixed`` the attack is one of its own, PGD, that knows the one draw; a threat without a norm has none of that.
+    """
+    search, fixed = SearchModel(network, draws=1), SearchModel(Fixed(network, seed), precision="float32")
+    attack = PGD(threat, steps=FIXED_STEPS, drop_broken=False) if isinstance(threat, LpBall) else None
+    clean: list[Tensor] = []
+    attacked: list[Tensor] = []
+    for part in torch.arange(len(survey.labels)).split(batch):
+        images, labels = survey.images(part), survey.labels[part].to(search.device)
+        adversarial = images.clone()
+        for k, index in enumerate(part.tolist()):
+            if index in survey.adversarial:
+                adversarial[k] = survey.adversarial[index].to(images.device)
+        draw = torch.Generator().manual_seed(seed)
+        found = attack.run(fixed, images, labels, draw).images if attack is not None else adversarial
+        for votes, candidates, known in ((clean, images, images), (attacked, adversarial, found)):
+            right = torch.stack([search.exact_logits(candidates).argmax(1) for _ in range(draws)])
+            votes.append(torch.cat([right, fixed.exact_logits(known).argmax(1)[None]]).cpu())
+    return (_count(torch.cat(clean, 1), survey.labels), _count(torch.cat(attacked, 1), survey.labels))
+
+
+def _count(predictions: Tensor, labels: Tensor) -> Counts:
+    """``predictions`` is int64 ``(draws + 1, n)``, the last row with the fixed draw."""
+    drawn, fixed = predictions[:-1], predictions[-1]
+    right = drawn == labels
+    n = len(labels)
+    return Counts(
+        mean=Accuracy.of(round(float(right.float().mean(0).sum())), n),
+        worst=Accuracy.of(int(right.all(0).sum()), n),
+        majority=Accuracy.of(int((drawn.mode(0).values == labels).sum()), n),
+        fixed=Accuracy.of(int((fixed == labels).sum()), n),
+    )

@@ -1,0 +1,67 @@
+"""What is evaluated: a run folder, a function that returns a network, or a network."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from redan.errors import UserError
+from redan.models.norms import Normalise
+from redan.run import Checkpoint, read_run
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network with the name, folder, data, image size and threat that it comes with."""
+
+    name: str
+    network: nn.Module
+    folder: Path | None
+    data: str | None
+    size: int | None
+    threat: str | None
+
+
+def find_subject(run: str | Path | nn.Module, checkpoint: Checkpoint) -> Subject:
+    """What ``run`` names: a run folder, ``package.module:function`` that returns a module, or a module itself.
+
+    Raises:
+        UserError: where there is no such thing.
+    """
+    if isinstance(run, nn.Module):
+        return Subject(type(run).__name__, run, None, None, None, None)
+    text = str(run)
+    module, separator, function = text.partition(":")
+    if separator and not Path(text).exists():
+        return Subject(text, _imported(text, module, function), None, None, None, None)
+    recipe, facts, network = read_run(run, checkpoint)
+    size = recipe.data.crop or facts.size
+    return Subject(Path(run).resolve().name, network, Path(run), recipe.data.name, size, recipe.threat)
+
+
+def _imported(text: str, module: str, function: str) -> nn.Module:
+    try:
+        network = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"cannot get a network from {text}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{text} returns {type(network).__name__}, not a torch module")
+    return network.eval()
+
+
+def normalised(network: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
+    """The network with its normalisation as first layer, where the caller says that it lacks one.
+
+    Raises:
+        UserError: where only one of the two is given, or they do not fit.
+    """
+    if mean is None and std is None:
+        return network
+    if mean is None or std is None:
+        raise UserError("--input-mean and --input-std go together")
+    try:
+        return nn.Sequential(Normalise(mean, std), network)
+    except ValueError as error:
+        raise UserError(str(error)) from error
