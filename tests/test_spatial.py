@@ -454,8 +454,8 @@ def test_recipes_and_evaluation_refuse_spatial_threats_in_one_line(net: nn.Modul
     with pytest.raises(UserError, match="^a recipe needs an Lp threat such as linf:8/255, got stadv:0.05$"):
         load_recipe("pgd-at-digits", {"threat": "stadv:0.05"})
     for threat in ("rotation:30+3", RotationTranslation(30, 3)):
-        with pytest.raises(UserError, match=r"^evaluate needs an Lp threat such as linf:8/255, got rotation:30\+3$"):
-            evaluate(net, threat=threat, data="digits", progress=False)
+        with pytest.raises(UserError, match=r"^PGD needs an Lp threat such as linf:8/255, got rotation:30\+3$"):
+            evaluate(net, threat=threat, attack="pgd-5", data="digits", progress=False)
 
 
 @pytest.mark.parametrize(

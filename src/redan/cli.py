@@ -161,6 +161,13 @@ def evaluate(
     draws: Annotated[
         int, typer.Option("--draws", help="Passes behind each gradient and verdict on a model that draws at random.")
     ] = 20,
+    diagnose: Annotated[
+        bool, typer.Option("--diagnose", help="Look for gradient masking, which makes attacks fail.")
+    ] = False,
+    transfer: Annotated[
+        str | None,
+        typer.Option("--transfer", metavar="RUN", help="With --diagnose: attack by way of another run, too."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the results; RUN/results if not given.")] = None,
     save_images: Annotated[
         bool, typer.Option("--save-images", help="Keep the adversarial images, exact and as 8-bit pixels.")
@@ -188,6 +195,8 @@ def evaluate(
         input_std=_numbers(input_std),
         precision=cast("Precision", precision),  # an unknown one is refused where it is used
         draws=draws,
+        diagnose=diagnose,
+        transfer=transfer,
         out=out,
         save_images=save_images,
         resume=resume,
@@ -196,6 +205,13 @@ def evaluate(
         print(result.model_dump_json())
     else:
         _print_results([result])
+        if result.diagnostics:
+            verdicts = {True: "pass", False: "FAIL", None: "-"}
+            rows = [[verdicts[check.passed], check.name, check.figure] for check in result.diagnostics]
+            _print_table(("", "check", "what was found"), rows)
+    failed = sum(check.passed is False for check in result.diagnostics)
+    if failed:
+        _say(f"redan: {failed} check{'s' * (failed > 1)} failed: this robust accuracy is not to be trusted")
     if fail_under is not None and result.robust_accuracy < fail_under:
         _say(f"redan: robust accuracy {result.robust_accuracy:.4f} is below {fail_under}")
         raise typer.Exit(1)

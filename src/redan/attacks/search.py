@@ -99,7 +99,7 @@ class SearchModel:
 
     @property
     def precise(self) -> "SearchModel":
-        """This search in float32: for attacks that measure how near the boundary is, which bfloat16 moves."""
+        """The same search in float32: for attacks that measure how near the boundary is, which bfloat16 moves."""
         if self._precision == "float32":
             return self
         if self._precise is None:

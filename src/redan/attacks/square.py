@@ -144,7 +144,8 @@ class _Corners(_Moves):
         return best.flatten(2).scatter(2, window, ends).unflatten(2, (h, w))
 
     def _ends(self, center: Tensor, rises: Tensor) -> Tensor:
-        return self.threat.project(center + torch.where(rises, self.threat.radius, -self.threat.radius), center)
+        radius = min(self.threat.radius, 1.0)  # no pixel has more room than that
+        return self.threat.project(center + torch.where(rises, radius, -radius), center)
 
 
 class _Masses(_Moves):
@@ -167,7 +168,7 @@ class _Masses(_Moves):
         signed = torch.where(draws[:, 1:, ..., None, None], hills, -hills)
         tiles = signed.transpose(3, 4).reshape(k, c, rows * side, columns * side)
         # Each tile has mass 1; of what exceeds the radius, the projection in L1 leaves the summits.
-        scale = max(self.threat.radius / (c * rows * columns) ** (1 / self.power), 1.0)
+        scale = max(min(self.threat.radius, c * h * w) / (c * rows * columns) ** (1 / self.power), 1.0)
         top, left = (h - rows * side) // 2, (w - columns * side) // 2
         move = torch.zeros(center.shape, device=center.device)
         move[:, :, top : top + rows * side, left : left + columns * side] = tiles * scale
@@ -210,7 +211,7 @@ class _Masses(_Moves):
 
     @abstractmethod
     def limit(self, numbers: int) -> float:
-        """Mass of the largest change of an image of so many numbers."""
+        """Mass of the largest change of an image of so many numbers, each of which has room for 1."""
 
     @abstractmethod
     def available(self, unused: Tensor, taken: Tensor) -> Tensor:

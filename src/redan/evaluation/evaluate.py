@@ -22,12 +22,13 @@ from redan.attacks.search import Precision, SearchModel
 from redan.attacks.square import Square
 from redan.data.registry import load_dataset
 from redan.errors import UserError
+from redan.evaluation import diagnose as diagnosis
 from redan.evaluation import randomness
 from redan.evaluation.journal import Journal
 from redan.evaluation.pictures import adversarial_images
 from redan.evaluation.progress import EvaluationProgress
 from redan.evaluation.protocol import default_protocol, parse_protocol
-from redan.evaluation.results import Accuracy, CurvePoint, Evaluation, GalleryEntry, Randomised, Row
+from redan.evaluation.results import Accuracy, Check, CurvePoint, Evaluation, GalleryEntry, Randomised, Row
 from redan.evaluation.subject import Subject, find_subject, normalised
 from redan.evaluation.survey import Survey
 from redan.run import Checkpoint
@@ -53,6 +54,8 @@ def evaluate(
     curve: bool = True,
     precision: Precision = "auto",
     draws: int = DRAWS,
+    diagnose: bool = False,
+    transfer: str | Path | nn.Module | None = None,
     data: str | None = None,
     data_dir: str | Path | None = None,
     input_mean: Sequence[float] | None = None,
@@ -75,6 +78,8 @@ def evaluate(
             at random, and not for a threat that moves pixels.
         precision: of the search; float32 confirms in any case.
         draws: of a model that draws at random, at least 2: passes that average each gradient and judge each candidate.
+        diagnose: also look for gradient masking, see ``redan.evaluation.diagnose``; for Lp threats.
+        transfer: with ``diagnose``: another run, or as ``run`` has it, whose adversarial images are tried on this one.
         data: the data set; the run's own if None.
         data_dir: the folder of data sets.
         input_mean: for a network without its normalisation, subtracted from the images.
@@ -99,6 +104,10 @@ def evaluate(
         raise UserError(f"{subject.name} does not say which images it is for; name them with --data")
     if draws < 2:
         raise UserError(f"--draws is at least 2, got {draws}")
+    if diagnose:
+        diagnosis.require_ball(parsed)
+    elif transfer is not None:
+        raise UserError("--transfer is for --diagnose, which is not asked for")
     folder = Path(out) if out is not None else subject.folder / "results" if subject.folder is not None else None
     if folder is None and (save_images or resume):
         raise UserError("nothing says where to keep the results; name a folder with --out")
@@ -110,6 +119,7 @@ def evaluate(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)
+    other = None if transfer is None else find_subject(transfer, "best").network.to(device)
     started = time.perf_counter()
     kept = subject.folder is not None
     settings = {
@@ -134,6 +144,8 @@ def evaluate(
     ):
         torch.manual_seed(derive_seed(seed, "evaluate"))
         survey = Survey(network, dataset.test, count, subject.size, classes=classes, draws=draws, journal=journal)
+        if other is not None:
+            diagnosis.require_fitting(other, survey.images(torch.tensor([0])), classes)
         attacks = parse_protocol(attack, parsed, classes=classes, random=survey.random)
         if survey.random:
             warnings.warn(
@@ -165,6 +177,11 @@ def evaluate(
         if survey.random:
             clean_counts, robust_counts = randomness.count(survey, network, parsed, draws, derive_seed(seed, "fixed"))
             randomised = Randomised(draws=draws, clean=clean_counts, robust=robust_counts)
+        checks: tuple[Check, ...] = ()
+        if diagnose and survey.right.any():
+            who = survey.right.nonzero().squeeze(1)[: diagnosis.IMAGES]
+            images, labels = survey.images(who), survey.labels[who].to(device)
+            checks = diagnosis.diagnose(network, images, labels, parsed, seed=seed, transfer=other, progress=bar)
         rows = survey.rows(measured=isinstance(parsed, LpBall))
     clean = Accuracy.of(int(survey.right.sum()), count)
     robust = Accuracy.of(int(survey.stands.sum()), count)
@@ -195,6 +212,7 @@ def evaluate(
         seconds=round(time.perf_counter() - started, 3),
         model_calls=sum(row.model_calls for row in rows),
         randomised=randomised,
+        diagnostics=checks,
         curve=() if measured is None else _curve(measured, clean, survey.least),
         gallery=entries,
         per_image=tuple(rows),
