@@ -110,10 +110,12 @@ def test_short_memory_halves_the_batch(
         evaluate(trained, attack="pgd-5", curve=False, out=tmp_path / "none")
 
 
-def test_other_errors_are_not_taken_for_short_memory(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_taken_for_short_memory(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(PGD, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        evaluate(trained, attack="pgd-5", out=None)
+        evaluate(trained, attack="pgd-5", out=tmp_path)
 
 
 @pytest.mark.parametrize("threat", ["linf:0.15", "l2:1", "l1:4"])
