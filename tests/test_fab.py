@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 
 from redan.attacks import PGD, SearchModel, cw_margin
 from redan.attacks.base import Attack
-from redan.attacks.fab import FAB, fill_l1, fill_l2, fill_linf, move_to_hyperplane
+from redan.attacks.fab import FAB, _Verdicts, fill_l1, fill_l2, fill_linf, move_to_hyperplane
 from redan.errors import UserError
 from redan.spatial import SPATIAL
 from redan.threats import L1, L2, THREATS, Linf, LpBall
@@ -240,7 +240,7 @@ def test_without_the_box_the_distance_is_the_margin_over_the_dual_norm(targets: 
     w = 2 * uniform(0, 48) - 1
     images = 0.45 + 0.1 * uniform(1, 8, 3, 4, 4)
     bias = 0.1 - 0.5 * float(w.sum())
-    for scale in (1.0, 1e-20):  # how steep the logits are does not matter
+    for scale in (1.0, 1e-25):  # how steep the logits are does not matter
         model = Affine(torch.stack([torch.zeros(48), w]), torch.tensor([0.0, bias]), scale)
         margin = (images.flatten(1) @ w + bias).double()
         labels = (margin > 0).long()
@@ -405,7 +405,7 @@ def test_the_final_search_ends_on_the_boundary(monkeypatch: pytest.MonkeyPatch) 
     assert (searched <= raw)[found].all()
     assert (searched < 0.999 * raw)[found].float().mean() > 0.5
     # On the line that was searched, a little nearer to the image is not adversarial any more.
-    nearer = model(images + 0.98 * (with_search - images)).argmax(1) == labels
+    nearer = model(images + 0.9999 * (with_search - images)).argmax(1) == labels
     assert nearer[found].float().mean() > 0.8
 
 
@@ -533,7 +533,7 @@ ALL = {
     "fab linf": FAB(Linf(0.1), steps=5, targets=None, restarts=2),
     "fab-t l2": FAB(L2(0.5), steps=5, targets=3, restarts=2),
     "fab l1 nearest": FAB(L1(2.0), steps=5, targets=None, restarts=2, nearest=True),
-    "fab-t linf nearest": FAB(Linf(0.1), steps=5, targets=2, restarts=2, nearest=True),
+    "fab-t linf nearest": FAB(Linf(0.1), steps=20, targets=2, restarts=4, nearest=True),
 }
 EVERY = pytest.mark.parametrize("attack", ALL.values(), ids=ALL)
 
@@ -590,6 +590,38 @@ def test_batches_of_none_and_of_one(attack: FAB, net: nn.Module, batch: tuple[Te
     together = once(exact(net), images, labels)
     alone = torch.cat([once(exact(net), images[i : i + 1], labels[i : i + 1]) for i in range(8)])
     assert ((together[:8] - alone).abs() < 1e-3).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("targets", [None, 2])
+@pytest.mark.parametrize("nearest", [False, True])
+def test_the_model_is_never_shown_a_batch_of_none(nearest: bool, targets: int | None) -> None:
+    model = affine(3, 5)
+    images = uniform(3, 6, 1, 2, 3)
+    labels = model(images).argmax(1)
+    counting = Counting(model).eval()
+    attack = FAB(Linf(1.0), steps=4, targets=targets, restarts=2, nearest=nearest)
+    attack.run(SearchModel(counting), images[:0], labels[:0], draws())
+    assert not counting.inputs
+    attack.run(SearchModel(counting), images, (labels + 1) % 3, draws())
+    assert len(counting.inputs) == 1  # all are broken as they are
+    attack.run(SearchModel(counting), images, labels, draws())  # all are broken on the way, unless it goes on
+    assert all(len(x) for x in counting.inputs)
+
+
+def test_the_nearest_point_is_remembered_of_those_outside_the_threat() -> None:
+    model = affine(2, 5)
+    images = uniform(3, 4, 1, 2, 3)
+    labels = model(images).argmax(1)
+    wrong = nn.functional.one_hot(1 - labels, 2).float()
+    right = 1 - wrong
+    book = _Verdicts(Linf(0.01), exact(model), images, labels)
+    moved = [images + shift for shift in (0.1, 0.3, 0.2, 0.4, 0.05)]
+    book.note(moved[0], right)
+    assert torch.equal(book.best, moved[0]) and book.distance.isinf().all()  # nothing is known: the last attempt
+    for attempt, logits, best in ((1, wrong, 1), (2, wrong, 2), (3, wrong, 2), (4, right, 2)):
+        assert book.note(moved[attempt], logits) is None
+        assert torch.equal(book.best, moved[best])
+        assert torch.equal(book.distance, Linf(0.0).distance(moved[best], images))
 
 
 @NORMS

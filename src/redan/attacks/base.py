@@ -213,13 +213,13 @@ class Nearest:
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits at ``images`` ``(n, c, h, w)``, one forward pass and no gradient."""
-        self._calls += 1
+        self._calls += self._search.draws
         with torch.no_grad():
             return self._search.logits(images)
 
     def gradient(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, objective and gradient at ``images`` ``(n, c, h, w)``, one forward and one backward pass."""
-        self._calls += 1
+        self._calls += self._search.draws
         return self._search.gradient(images, objective, reference)
 
     def offer(self, images: Tensor, logits: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class Nearest:
         distance = self._threat.distance(images, self._images)
         nearer = (wrong & (distance < self.distance)).nonzero().squeeze(1)
         if len(nearer):
-            self._calls[nearer] += 1
+            self._calls[nearer] += self._search.draws
             confirmed = nearer[self._search.broken(images[nearer], self._labels[nearer])]
             self.best[confirmed], self.distance[confirmed] = images[confirmed], distance[confirmed]
         return wrong

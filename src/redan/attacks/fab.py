@@ -77,6 +77,7 @@ class FAB(Attack):
         return Outcome(adversarial, calls)
 
     def _attack(self, search: SearchModel, images: Tensor, labels: Tensor, generator: Generator | None) -> Outcome:
+        search = search.precise if self.nearest else search
         book = (_Distances if self.nearest else _Verdicts)(self.threat, search, images, labels)
         clean = book.logits(images)
         for restart in range(self.restarts):
