@@ -1,5 +1,6 @@
 """AutoAttack and its targeted and sparse parts: known optima, odd models, and what must be refused."""
 
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Generator, Tensor, nn
 import redan
 from redan.attacks import APGD, FAB, PGD, Attack, AutoAttack, SearchModel, Square, TargetedAPGD, cross_entropy, dlr
 from redan.attacks.apgd import wrong_classes
-from redan.attacks.objectives import targeted_dlr, targeted_margin
+from redan.attacks.objectives import cw_margin, targeted_dlr, targeted_margin
 from redan.errors import UserError
 from redan.threats import L1, L2, Linf, LpBall
 
@@ -117,6 +118,21 @@ def test_apgd_in_l1_beats_plain_pgd(net: nn.Module, digits: tuple[Tensor, Tensor
         for attack in (PGD(L1(2.0), steps=100), APGD(L1(2.0)), TargetedAPGD(L1(2.0)))
     }
     assert stands["TargetedAPGD"] <= stands["APGD"] < stands["PGD"]
+
+
+@given(st.integers(0, 10**6), st.sampled_from([Linf(0.05), L2(0.3), L1(1.0)]))
+@settings(max_examples=20, deadline=None)
+def test_more_steps_never_lose_on_a_model_without_local_optima(seed: int, threat: LpBall) -> None:
+    model = random_affine(2, 16, seed)
+    images = 0.3 + 0.4 * torch.rand(3, 1, 4, 4, generator=draws(seed))
+    labels = model(images).argmax(1)
+    search = SearchModel(model, precision="float32")
+    values = []
+    for steps in (1, 3, 10, 30, 100):
+        logits = model(APGD(threat, steps=steps, objective=cw_margin).run(search, images, labels, draws(1)).images)
+        values.append(cw_margin(logits, labels).clamp(max=0))  # an image that is broken is worked on no more
+    for fewer, more in itertools.pairwise(values):
+        assert (more >= fewer - 2e-3).all()
 
 
 def test_wrong_classes_are_ranked_without_the_label() -> None:

@@ -319,6 +319,18 @@ def _print_results(results: list[Any]) -> None:
     for result in results:
         steps = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result.attacks.items())
         console.print(f"{result.run} after each attack: {steps}", soft_wrap=True)
+        if (drawn := result.randomised) is not None:
+            rules = {
+                "mean": "mean of the draws",
+                "worst": f"right in all {drawn.draws} draws",
+                "majority": "right in most draws",
+                "fixed": "one draw, known to the attacker",
+            }
+            counts = [
+                [text, str(getattr(drawn.clean, rule)), str(getattr(drawn.robust, rule))]
+                for rule, text in rules.items()
+            ]
+            _print_table(("rule of counting", "clean [95 %]", "robust [95 %]"), counts)
 
 
 def _print_table(header: tuple[str, ...], rows: list[list[str]]) -> None:

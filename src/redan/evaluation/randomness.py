@@ -6,6 +6,7 @@ A figure of such a model means little without the rule it was counted by, so all
 import torch
 from torch import Tensor, nn
 
+from redan.attacks.objectives import cw_margin
 from redan.attacks.pgd import PGD
 from redan.attacks.search import SearchModel
 from redan.evaluation.results import Accuracy, Counts
@@ -39,10 +40,12 @@ def count(
     """Clean and attacked accuracy under each rule, the attacked one on the survey's adversarial images.
 
     New draws judge, not those that chose the adversarial images: these would count luck as weakness. Only for
-    ``fixed`` the attack is one of its own, PGD, that knows the one draw; a threat without a norm has none of that.
+    ``fixed`` there is one more attack, PGD on the margin, that knows the one draw; a threat without a norm has none.
     """
     search, fixed = SearchModel(network, draws=1), SearchModel(Fixed(network, seed), precision="float32")
-    attack = PGD(threat, steps=FIXED_STEPS, drop_broken=False) if isinstance(threat, LpBall) else None
+    attack = (
+        PGD(threat, steps=FIXED_STEPS, objective=cw_margin, drop_broken=False) if isinstance(threat, LpBall) else None
+    )
     clean: list[Tensor] = []
     attacked: list[Tensor] = []
     for part in torch.arange(len(survey.labels)).split(batch):
@@ -53,9 +56,10 @@ def count(
                 adversarial[k] = survey.adversarial[index].to(images.device)
         draw = torch.Generator().manual_seed(seed)
         found = attack.run(fixed, images, labels, draw).images if attack is not None else adversarial
-        for votes, candidates, known in ((clean, images, images), (attacked, adversarial, found)):
-            right = torch.stack([search.exact_logits(candidates).argmax(1) for _ in range(draws)])
-            votes.append(torch.cat([right, fixed.exact_logits(known).argmax(1)[None]]).cpu())
+        for votes, candidates, more in ((clean, images, images), (attacked, adversarial, found)):
+            drawn = torch.stack([search.exact_logits(candidates).argmax(1) for _ in range(draws)])
+            one, other = (fixed.exact_logits(tried).argmax(1) for tried in (candidates, more))
+            votes.append(torch.cat([drawn, torch.where(one == labels, other, one)[None]]).cpu())
     return (_count(torch.cat(clean, 1), survey.labels), _count(torch.cat(attacked, 1), survey.labels))
 
 
