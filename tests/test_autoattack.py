@@ -120,9 +120,10 @@ def test_apgd_in_l1_beats_plain_pgd(net: nn.Module, digits: tuple[Tensor, Tensor
     assert stands["TargetedAPGD"] <= stands["APGD"] < stands["PGD"]
 
 
-@given(st.integers(0, 10**6), st.sampled_from([Linf(0.05), L2(0.3), L1(1.0)]))
+@given(st.integers(0, 10**6), st.sampled_from([Linf(0.05), L2(0.3)]))
 @settings(max_examples=20, deadline=None)
 def test_more_steps_never_lose_on_a_model_without_local_optima(seed: int, threat: LpBall) -> None:
+    # Not so in L1, where the stages of a longer run are not those of a shorter one.
     model = random_affine(2, 16, seed)
     images = 0.3 + 0.4 * torch.rand(3, 1, 4, 4, generator=draws(seed))
     labels = model(images).argmax(1)

@@ -56,7 +56,7 @@ def normal_cdf(z: float) -> float:
 
 
 def test_accuracies_of_a_noisy_threshold_are_those_of_the_normal_distribution(greys: str) -> None:
-    sigma, radius, draws = 15 / 255, 12 / 255, 10
+    sigma, radius, draws = 15 / 255, 12 / 255, 20
     with pytest.warns(UserWarning, match="draws at random"):
         found = redan.evaluate(
             Noisy(sigma), data=greys, threat=Linf(radius), attack="pgd-5:cw", draws=draws, progress=False
@@ -68,9 +68,12 @@ def test_accuracies_of_a_noisy_threshold_are_those_of_the_normal_distribution(gr
     for counts, shift in ((found.randomised.clean, 0.0), (found.randomised.robust, radius)):
         right = [normal_cdf((margin - shift) / sigma) for margin in margins]
         spread = 4 * math.sqrt(sum(p * (1 - p) for p in right) / len(right) / n / draws)
-        assert abs(counts.mean.value - sum(right) / len(right)) < spread + 1 / n
+        # Twenty draws choose among candidates, and luck has them choose a weaker one at times.
+        luck = 0.05 if shift else 0.0
+        assert -spread - 1 / n < counts.mean.value - sum(right) / len(right) < spread + luck + 1 / n
         all_right = sum(p**draws for p in right) / len(right)
-        assert abs(counts.worst.value - all_right) < 4 * math.sqrt(all_right * (1 - all_right) / n) + 1 / n
+        width = 4 * math.sqrt(all_right * (1 - all_right) / n) + 1 / n
+        assert -width < counts.worst.value - all_right < width + luck
         assert counts.worst.value <= counts.mean.value <= 1
         assert counts.worst.value <= counts.majority.value
         # One draw, fixed and known: right with the same probability, each image with a draw of its own.
@@ -90,6 +93,22 @@ def test_luck_is_no_defeat(greys: str) -> None:
     assert abs(found.randomised.robust.mean.value - 0.95) < 4 * math.sqrt(0.05 * 0.95 / 20 / found.samples)
     assert {row.verdict for row in found.per_image} <= {"unknown"}
     assert found.randomised.robust.worst.value < 0.6  # 0.95 ** 20 = 0.36 of the images
+
+
+def test_images_that_most_draws_get_wrong_are_attacked_too(greys: str) -> None:
+    # Their few right draws count in the mean, so the attacker must get at these.
+    class Biased(Noisy):
+        """Takes an image for dark where its mean is below 0.56: wrong in most draws of the faintest light ones."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images - 0.06)
+
+    with pytest.warns(UserWarning, match="draws at random"):
+        found = redan.evaluate(
+            Biased(0.04), data=greys, threat="linf:20/255", attack="pgd-5:cw", draws=10, progress=False
+        )
+    wrong = [row for row in found.per_image if row.verdict == "misclassified"]
+    assert wrong and any(row.by is not None for row in wrong)
 
 
 def test_the_worst_candidate_is_kept() -> None:

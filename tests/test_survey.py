@@ -1,18 +1,21 @@
 """Evaluations that are interrupted, short of memory, or asked for their images."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 import redan
 from redan.attacks import PGD, Outcome, SearchModel
 from redan.data.pipeline import to_float
 from redan.data.registry import load_dataset
 from redan.errors import Stopped, UserError
+from redan.evaluation.evaluate import _fingerprint
 from redan.evaluation.journal import Journal
 from redan.evaluation.results import Evaluation
+from redan.models.norms import Normalise
 from redan.tensors import load_tensors
 from redan.threats import Linf, parse_threat
 
@@ -54,8 +57,9 @@ def test_a_stopped_evaluation_goes_on_and_repeats_nothing(
     assert not list((tmp_path / "cut").glob("*.json"))
     with pytest.raises(UserError, match="--resume"):
         evaluate(trained, out=tmp_path / "cut")
-    with pytest.raises(UserError, match="another curve"):
-        evaluate(trained, out=tmp_path / "cut", curve=False, resume=True)
+    for other in ({"curve": False}, {"input_mean": [0.5], "input_std": [0.5]}, {"draws": 7}):
+        with pytest.raises(UserError, match="no unfinished evaluation"):
+            evaluate(trained, out=tmp_path / "cut", resume=True, **other)
 
     runs = 0
 
@@ -79,6 +83,30 @@ def test_nothing_to_resume_is_said(trained: Path, tmp_path: Path) -> None:
         evaluate(trained, out=tmp_path, resume=True)
     with pytest.raises(UserError, match="--out"):
         redan.evaluate(torch.nn.Identity(), data="digits", threat="linf:0.1", resume=True)
+
+
+def test_a_journal_of_other_weights_is_refused(tmp_path: Path) -> None:
+    Journal(tmp_path, {"seed": 0, "weights": "a"}, resume=False)
+    Journal(tmp_path, {"seed": 0, "weights": "a"}, resume=True)
+    for other in ({"seed": 0, "weights": "b"}, {"seed": 0}):
+        with pytest.raises(UserError, match="another weights"):
+            Journal(tmp_path, other, resume=True)
+
+
+def test_constants_are_part_of_the_fingerprint() -> None:
+    # Those of the normalisation stay out of the weights file.
+    one, other, same = (
+        _fingerprint(dict(nn.Sequential(Normalise([mean], [1.0])).named_buffers())) for mean in (0.1, 0.2, 0.1)
+    )
+    assert one == same != other
+
+
+def test_pictures_of_an_earlier_evaluation_do_not_stay(trained: Path, tmp_path: Path) -> None:
+    evaluate(trained, out=tmp_path, save_images=True)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert [name.partition("seed0")[2] for name in files] == [".images.safetensors", ".json", ".safetensors"]
+    evaluate(trained, out=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [files[1], files[2]]
 
 
 def test_a_mistake_leaves_no_journal(trained: Path, tmp_path: Path) -> None:
@@ -108,6 +136,65 @@ def test_short_memory_halves_the_batch(
     monkeypatch.setattr(PGD, "run", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(UserError, match="memory"):
         evaluate(trained, attack="pgd-5", curve=False, out=tmp_path / "none")
+
+
+class Narrow(nn.Module):
+    """Memory for 16 images, and randomness if it is wanted."""
+
+    def __init__(self, network: nn.Module, noise: float = 0.0) -> None:
+        super().__init__()
+        self.network, self.noise = network, noise
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        logits: Tensor = self.network(images)
+        return logits + self.noise * torch.randn(len(images), 1) * torch.arange(10)
+
+
+@pytest.mark.filterwarnings("ignore:.*draws at random")
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_short_memory_is_met_wherever_the_network_is_asked(trained: Path, tmp_path: Path, noise: float) -> None:
+    options: Any = {"threat": "linf:0.15", "data": "digits", "samples": 50, "attack": "pgd-3", "progress": False}
+    network = Narrow(redan.load(trained), noise)
+    narrow = redan.evaluate(network, draws=2, diagnose=True, save_images=True, out=tmp_path, **options)
+    assert narrow.samples == 50 and narrow.diagnostics
+    if not noise:
+        wide = redan.evaluate(redan.load(trained), **options)
+        assert narrow.clean == wide.clean
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.filterwarnings("ignore:.*draws at random")
+def test_a_random_model_resumes_to_the_same_numbers(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = redan.load(trained)
+
+    class Noisy(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = network(images + 0.1 * torch.randn_like(images))
+            return logits
+
+    def ask(**options: object) -> Evaluation:
+        common = {"threat": "linf:0.1", "data": "digits", "samples": 60, "attack": "pgd-3:cw", "draws": 3}
+        return redan.evaluate(Noisy(), progress=False, **common, **options)  # type: ignore[arg-type]
+
+    whole = ask(out=tmp_path / "whole")
+    honest, written = Journal.write, 0
+
+    def write(self: Journal, work: str, position: int, piece: dict[str, Tensor]) -> None:
+        nonlocal written
+        if written == 2:
+            raise KeyboardInterrupt
+        written += 1
+        honest(self, work, position, piece)
+
+    monkeypatch.setattr(Journal, "write", write)
+    with pytest.raises(Stopped):
+        ask(out=tmp_path / "cut")
+    monkeypatch.setattr(Journal, "write", honest)
+    assert timeless(ask(out=tmp_path / "cut", resume=True)) == timeless(whole)
 
 
 def test_other_errors_are_not_taken_for_short_memory(
@@ -151,6 +238,6 @@ def test_no_image_fell_and_the_file_is_empty(trained: Path, tmp_path: Path) -> N
 def test_the_threat_of_the_file_name_is_the_threat(trained: Path, tmp_path: Path) -> None:
     found = evaluate(trained, out=tmp_path, precision="float32")
     (path,) = tmp_path.glob("*.json")
-    assert path.stem == "fgsm+pgd-5+apgd-5-linf_0.15-90-best-precision_float32-seed0"
+    assert path.stem == "digits-fgsm+pgd-5+apgd-5-linf_0.15-90-best-precision_float32-seed0"
     assert Evaluation.load(path) == found
     assert found.threat == str(Linf(0.15))

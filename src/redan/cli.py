@@ -318,8 +318,10 @@ def _print_results(results: list[Any]) -> None:
     _print_table(("run", "threat", "images", "clean [95 %]", "robust [95 %]"), rows)
     for result in results:
         steps = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result.attacks.items())
-        console.print(f"{result.run} after each attack: {steps}", soft_wrap=True)
-        if (drawn := result.randomised) is not None:
+        drawn = result.randomised
+        who = "after each attack" if drawn is None else f"not yet wrong in all {drawn.draws} draws after each attack"
+        console.print(f"{result.run} {who}: {steps}", soft_wrap=True)
+        if drawn is not None:
             rules = {
                 "mean": "mean of the draws",
                 "worst": f"right in all {drawn.draws} draws",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Generator, Tensor
 
 from redan.attacks.apgd import APGD, TargetedAPGD
@@ -67,14 +68,14 @@ class AutoAttack(Attack):
         """See ``Attack.run``."""
         if not len(labels):
             return Outcome(images.clone(), labels.clone())
-        stands = ~search.broken(images, labels)
-        adversarial, calls = images.clone(), labels.new_ones(len(labels))
+        adversarial, calls, score = images.clone(), torch.full_like(labels, search.draws), search.score(images, labels)
         for attack in self.parts(search.classes(images)).values():
-            rows = stands.nonzero().squeeze(1)
+            rows = (score < 1).nonzero().squeeze(1)
             if not len(rows):
                 break
             found, spent = attack.run(search, images[rows], labels[rows], generator)
-            adversarial[rows] = found
-            calls[rows] += spent + 1
-            stands[rows] = ~(search.broken(found, labels[rows]) & self.threat.contains(found, images[rows]))
+            calls[rows] += spent + search.draws
+            new = search.score(found, labels[rows]) * self.threat.contains(found, images[rows])
+            better = new >= score[rows]  # the last attempt, where none is better than another
+            adversarial[rows[better]], score[rows[better]] = found[better], new[better]
         return Outcome(adversarial, calls)

@@ -58,6 +58,8 @@ class CarliniWagner(Attack):
 
     def run(self, search: SearchModel, images: Tensor, labels: Tensor, generator: Generator | None) -> Outcome:
         """See ``Attack.run``."""
+        if not len(images):
+            return Outcome(images.clone(), labels.clone())
         book = Nearest(self.threat, search.precise, images, labels)
         book.offer(images, book.logits(images))  # itself: there is no w for black and white
         c = torch.full(labels.shape, self.init_c, device=images.device)

@@ -51,6 +51,8 @@ class DDN(Attack):
 
     def run(self, search: SearchModel, images: Tensor, labels: Tensor, generator: Generator | None) -> Outcome:
         """See ``Attack.run``."""
+        if not len(images):
+            return Outcome(images.clone(), labels.clone())
         book = Nearest(self.threat, search.precise, images, labels)
         x, norm = images, torch.full_like(book.distance, self.init_norm)
         farthest = self.threat.distance((images < 0.5).float(), images)  # to the corner of the box across

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from redan.attacks.apgd import wrong_classes
 from redan.attacks.base import Attack, Nearest, Outcome, Standing, keep
 from redan.attacks.objectives import misclassified, targeted_margin
-from redan.attacks.search import SearchModel
+from redan.attacks.search import NO_GRADIENT, SearchModel
 from redan.errors import UserError
 from redan.threats import LpBall
 
@@ -226,13 +226,15 @@ def _nearest_hyperplane(search: SearchModel, x: Tensor, labels: Tensor, norm: "_
         leaf = x.detach().clone().requires_grad_()
         logits = search.logits(leaf)
         if not logits.requires_grad:
-            raise UserError("the model's logits do not depend on the images by any gradient, so this cannot attack it")
+            raise UserError(NO_GRADIENT)
         classes = logits.shape[1]
         search.heartbeat(2 * (classes - 1) * search.draws * len(x))
         for k in range(1, classes):
             reference = torch.stack([labels, (labels + k) % classes], 1)
             margin = targeted_margin(logits, reference)
-            (gradient,) = torch.autograd.grad(margin.sum(), leaf, retain_graph=k < classes - 1)
+            (gradient,) = torch.autograd.grad(margin.sum(), leaf, retain_graph=k < classes - 1, allow_unused=True)
+            if gradient is None:
+                raise UserError(NO_GRADIENT)
             margin, gradient = margin.detach(), gradient.nan_to_num()
             slope = torch.linalg.vector_norm(gradient.flatten(1), norm.dual_order, dim=1, dtype=torch.float64)
             distance = margin.abs() / slope

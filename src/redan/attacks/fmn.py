@@ -59,6 +59,8 @@ class FMN(Attack):
 
     def run(self, search: SearchModel, images: Tensor, labels: Tensor, generator: Generator | None) -> Outcome:
         """See ``Attack.run``."""
+        if not len(images):
+            return Outcome(images.clone(), labels.clone())
         threat, book = self.threat, Nearest(self.threat, search.precise, images, labels)
         project, dual = BALLS[threat.norm]
         euclidean = L2(0.0)  # whatever the norm of the ball, a step follows the gradient itself

@@ -21,6 +21,8 @@ from redan.attacks.objectives import Objective, misclassified
 from redan.errors import UserError, unknown
 from redan.models.norms import Normalise
 
+NO_GRADIENT = "the model's logits do not depend on the images by any gradient, so this cannot attack it"
+
 Precision = Literal["auto", "float32", "bfloat16"]
 Mode = Literal["eval", "train"]
 
@@ -151,7 +153,7 @@ class SearchModel:
         self.heartbeat(3 * len(images))
         logits, values, gradient = _differentiate(self._logits, images, value)
         if gradient is None:
-            raise UserError("the model's logits do not depend on the images by any gradient, so this cannot attack it")
+            raise UserError(NO_GRADIENT)
         # One infinite slope in the model must not turn the whole image into NaN.
         return logits, values, gradient.nan_to_num()
 

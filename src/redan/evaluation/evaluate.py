@@ -130,12 +130,17 @@ def evaluate(
         "checkpoint": checkpoint if kept else "-",
         "precision": precision,
         "data": name,
+        "run": subject.name,
         "run_data": subject.data,
+        "out": out is not None,
         "draws": draws,
         "curve": curve,
-        "weights": _fingerprint(network),
+        "input_mean": input_mean and list(input_mean),
+        "input_std": input_std and list(input_std),
+        "weights": _fingerprint(dict([*network.named_parameters(), *network.named_buffers()])),
+        "images": _fingerprint({"labels": dataset.test.labels[:count], "first": dataset.test.images[:8]}),
     }
-    stem = _stem(settings)
+    stem = _stem(settings, diagnose=diagnose)
     journal = Journal(folder and folder / f"{stem}.partial", settings, resume=resume)
     with (
         journal.kept_when_stopped(),
@@ -179,9 +184,13 @@ def evaluate(
             randomised = Randomised(draws=draws, clean=clean_counts, robust=robust_counts)
         checks: tuple[Check, ...] = ()
         if diagnose and survey.right.any():
-            who = survey.right.nonzero().squeeze(1)[: diagnosis.IMAGES]
-            images, labels = survey.images(who), survey.labels[who].to(device)
-            checks = diagnosis.diagnose(network, images, labels, parsed, seed=seed, transfer=other, progress=bar)
+
+            def look(who: Tensor) -> tuple[Check, ...]:
+                images, labels = survey.images(who), survey.labels[who]
+                labels = labels.to(images.device)
+                return diagnosis.diagnose(network, images, labels, parsed, seed=seed, transfer=other, progress=bar)
+
+            checks = next(survey.each_batch(survey.right.nonzero().squeeze(1)[: diagnosis.IMAGES], look))
         rows = survey.rows(measured=isinstance(parsed, LpBall))
     clean = Accuracy.of(int(survey.right.sum()), count)
     robust = Accuracy.of(int(survey.stands.sum()), count)
@@ -209,7 +218,7 @@ def evaluate(
         clean_accuracy=clean.value,
         robust_accuracy=robust.value,
         attacks=after,
-        seconds=round(time.perf_counter() - started, 3),
+        seconds=round(time.perf_counter() - started + survey.earlier_seconds, 3),
         model_calls=sum(row.model_calls for row in rows),
         randomised=randomised,
         diagnostics=checks,
@@ -218,6 +227,9 @@ def evaluate(
         per_image=tuple(rows),
     )
     if folder is not None:
+        # The JSON file goes first and comes last: it never stands beside pictures of another evaluation.
+        for suffix in (".json", ".safetensors", ".images.safetensors"):
+            (folder / f"{stem}{suffix}").unlink(missing_ok=True)
         if pictures:
             save_tensors(folder / f"{stem}.safetensors", pictures)
         if save_images:
@@ -260,25 +272,22 @@ def _curve(threat: LpBall, clean: Accuracy, least: Tensor) -> tuple[CurvePoint, 
     )
 
 
-def _stem(settings: dict[str, Any]) -> str:
+def _stem(settings: dict[str, Any], *, diagnose: bool) -> str:
     """The name of the files; evaluations that differ in any setting that a user gives have files of their own."""
-    parts = [settings[key] for key in ("attack", "threat", "samples", "checkpoint")]
-    unusual = {"data": settings["run_data"], "precision": "auto", "draws": DRAWS}
-    parts += [f"{key}_{settings[key]}" for key, usual in unusual.items() if settings[key] != usual]
-    stem = "-".join(map(str, parts)) + f"-seed{settings['seed']}"
+    parts = [settings["run"]] if settings["out"] else []
+    parts += [settings[key] for key in ("attack", "threat", "samples", "checkpoint")]
+    usual = {"data": settings["run_data"], "precision": "auto", "draws": DRAWS, "curve": True}
+    usual |= {"input_mean": None, "input_std": None}
+    parts += [f"{key}_{settings[key]}" for key, value in usual.items() if settings[key] != value]
+    stem = "-".join(map(str, parts)) + f"-seed{settings['seed']}" + ("-diagnosed" if diagnose else "")
     return "".join(c if c.isalnum() or c in "-+." else "_" for c in stem)
 
 
-def _fingerprint(network: nn.Module) -> str:
-    """A digest of all weights and statistics."""
+def _fingerprint(tensors: dict[str, Tensor]) -> str:
+    """A digest of names and contents."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            if tensor.dim()
-            else repr(tensor.item()).encode()
-        )
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

@@ -22,8 +22,10 @@ def adversarial_images(survey: Survey, threat: Threat) -> dict[str, Tensor]:
         "rounded": [torch.empty(0, *shape, dtype=torch.uint8)],
         "rounded_breaks": [torch.empty(0, dtype=torch.bool)],
     }
-    for indices, exact in survey.found():
-        clean, labels = survey.images(indices), survey.labels[indices].to(exact.device)
+
+    def add(indices: Tensor) -> None:
+        exact, clean = survey.attacked(indices), survey.images(indices)
+        labels = survey.labels[indices].to(exact.device)
         nearest = (255 * exact).round()
         # A pixel that is a level already must not move on for the rounding of the product.
         towards = torch.where(exact > clean, (255 * exact + 1e-3).floor(), (255 * exact - 1e-3).ceil())
@@ -33,4 +35,6 @@ def adversarial_images(survey: Survey, threat: Threat) -> dict[str, Tensor]:
         found = {"indices": indices, "adversarial": exact, "rounded": levels.to(torch.uint8), "rounded_breaks": breaks}
         for key, tensor in found.items():
             kept[key].append(tensor.cpu())
+
+    list(survey.each_batch(survey.found(), add))
     return {key: torch.cat(tensors) for key, tensors in kept.items()}

@@ -25,6 +25,7 @@ class Fixed(nn.Module):
     def __init__(self, model: nn.Module, seed: int) -> None:
         super().__init__()
         self.model, self.seed = model, seed
+        self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
         devices = [images.device] if images.device.type == "cuda" else []
@@ -34,9 +35,7 @@ class Fixed(nn.Module):
         return logits
 
 
-def count(
-    survey: Survey, network: nn.Module, threat: Threat, draws: int, seed: int, batch: int = 250
-) -> tuple[Counts, Counts]:
+def count(survey: Survey, network: nn.Module, threat: Threat, draws: int, seed: int) -> tuple[Counts, Counts]:
     """Clean and attacked accuracy under each rule, the attacked one on the survey's adversarial images.
 
     New draws judge, not those that chose the adversarial images: these would count luck as weakness. Only for
@@ -46,25 +45,26 @@ def count(
     attack = (
         PGD(threat, steps=FIXED_STEPS, objective=cw_margin, drop_broken=False) if isinstance(threat, LpBall) else None
     )
-    clean: list[Tensor] = []
-    attacked: list[Tensor] = []
-    for part in torch.arange(len(survey.labels)).split(batch):
-        images, labels = survey.images(part), survey.labels[part].to(search.device)
-        adversarial = images.clone()
-        for k, index in enumerate(part.tolist()):
-            if index in survey.adversarial:
-                adversarial[k] = survey.adversarial[index].to(images.device)
+
+    def vote(part: Tensor) -> list[Tensor]:
+        """Clean and attacked predictions, int64 ``(draws + 1, n)`` each, the last row with the fixed draw."""
+        images, labels, adversarial = survey.images(part), survey.labels[part].to(search.device), survey.attacked(part)
         draw = torch.Generator().manual_seed(seed)
         found = attack.run(fixed, images, labels, draw).images if attack is not None else adversarial
-        for votes, candidates, more in ((clean, images, images), (attacked, adversarial, found)):
+        votes = []
+        for candidates, more in ((images, images), (adversarial, found)):
             drawn = torch.stack([search.exact_logits(candidates).argmax(1) for _ in range(draws)])
             one, other = (fixed.exact_logits(tried).argmax(1) for tried in (candidates, more))
             votes.append(torch.cat([drawn, torch.where(one == labels, other, one)[None]]).cpu())
-    return (_count(torch.cat(clean, 1), survey.labels), _count(torch.cat(attacked, 1), survey.labels))
+        return votes
+
+    torch.manual_seed(seed)
+    clean, attacked = zip(*survey.each_batch(torch.arange(len(survey.labels)), vote), strict=True)
+    return _count(torch.cat(clean, 1), survey.labels), _count(torch.cat(attacked, 1), survey.labels)
 
 
 def _count(predictions: Tensor, labels: Tensor) -> Counts:
-    """``predictions`` is int64 ``(draws + 1, n)``, the last row with the fixed draw."""
+    """``predictions`` as ``vote`` has them."""
     drawn, fixed = predictions[:-1], predictions[-1]
     right = drawn == labels
     n = len(labels)

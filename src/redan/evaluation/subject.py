@@ -62,6 +62,8 @@ def normalised(network: nn.Module, mean: Sequence[float] | None, std: Sequence[f
     if mean is None or std is None:
         raise UserError("--input-mean and --input-std go together")
     try:
-        return nn.Sequential(Normalise(mean, std), network)
+        whole = nn.Sequential(Normalise(mean, std).train(network.training), network)
     except ValueError as error:
         raise UserError(str(error)) from error
+    whole.training = network.training
+    return whole

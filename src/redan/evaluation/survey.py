@@ -4,7 +4,9 @@ Work is done attack by attack, each on those that still stand, in full batches: 
 """
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,10 @@ from redan.data.types import ImageSet
 from redan.errors import UserError
 from redan.evaluation.journal import Journal
 from redan.evaluation.results import Row
-from redan.seeds import generator
+from redan.seeds import derive_seed, generator
 from redan.threats import LpBall, Threat
+
+T = TypeVar("T")
 
 BATCH = {"cpu": 250, "cuda": 1000}
 
@@ -38,8 +42,9 @@ class Survey:
         judge: the network as given, in float32.
         random: whether it draws at random: two passes of the same batch differ by more than rounding does.
         right: bool ``(count,)``, who is classified correctly as it is; a model that draws, by its mean logits.
-        score: float32 ``(count,)``, share of draws that the known adversarial image fools; 1 without one for those
-            that are not right.
+        lost: bool ``(count,)``, who is wrong as it is, in every draw.
+        score: float32 ``(count,)``, share of draws that the known adversarial image fools; 0 without one.
+        earlier_seconds: what the work took that the journal held already.
         least: float64 ``(count,)``, distance of the nearest confirmed adversarial image in the threat's norm; 0
             for those not right, and for broken images where the threat has no norm.
         by: what each image fell to, a title or None.
@@ -66,15 +71,21 @@ class Survey:
         self._device = self.judge.device
         self._batch = BATCH[self._device.type]
         self.labels = test.labels[:count].cpu()
-        parts = torch.arange(count).split(self._batch)
-        first, second = (self._clean_logits(parts[0], classes) for _ in range(2))
-        self.random = bool((first - second).abs().max() > 1e-4 * first.abs().max())
+        everyone = torch.arange(count)
+        first, second = (
+            next(self.each_batch(everyone, lambda part: self._clean_logits(part, classes)))[0] for _ in range(2)
+        )
+        n = min(len(first), len(second))
+        self.random = bool((first[:n] - second[:n]).abs().max() > 1e-4 * first.abs().max())
         if self.random:
             self.judge = SearchModel(network, draws=draws)
-        logits = torch.cat([self._clean_logits(part, classes) for part in parts])
-        self.confidence, self.prediction = logits.softmax(1).max(1)
+        # The draws of each batch, (draws, n, classes).
+        logits = torch.cat(list(self.each_batch(everyone, lambda part: self._clean_logits(part, classes))), 1)
+        self.confidence, self.prediction = logits.mean(0).softmax(1).max(1)
         self.right = self.prediction == self.labels
-        self.score = (~self.right).float()
+        self.lost = (logits.argmax(2) != self.labels).all(0)
+        self.score = torch.zeros(count)
+        self.earlier_seconds = 0.0
         self.least = torch.where(self.right, math.inf, 0.0).double()
         self.by: list[str | None] = [None] * count
         self.calls = torch.full((count,), self.judge.draws)
@@ -82,19 +93,42 @@ class Survey:
 
     @property
     def stands(self) -> Tensor:
-        """Who is right and has not been broken for certain: bool ``(count,)``."""
-        return self.score < 1
+        """Who is right, if only in some draws, and has not been broken for certain: bool ``(count,)``."""
+        return ~self.lost & (self.score < 1)
 
     def images(self, indices: Tensor) -> Tensor:
         """Clean images, float32 ``(n, c, h, w)`` in [0, 1], on the network's device."""
         images = to_float(self._test.images[indices.to(self._test.images.device)].to(self._device))
         return images if self._size is None else center_crop(images, self._size)
 
+    def each_batch(self, indices: Tensor, work: Callable[[Tensor], T]) -> Iterator[T]:
+        """Do some work on full batches of the indices, int64 ``(n,)``; on halves of them where memory runs short.
+
+        Raises:
+            UserError: where memory does not do for one image.
+        """
+        while len(indices):
+            part = indices[: self._batch]
+            try:
+                result = work(part)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                if len(part) == 1:
+                    raise UserError("there is not enough memory to work on one image") from error
+                self._batch = (len(part) + 1) // 2
+                continue
+            yield result
+            indices = indices[len(part) :]
+
     def _clean_logits(self, indices: Tensor, classes: int) -> Tensor:
+        """Each draw's logits, ``(draws, n, classes)``."""
         images = self.images(indices)
         try:
             draws = torch.stack([self.judge.exact_logits(images) for _ in range(self.judge.draws)])
         except RuntimeError as error:
+            if _out_of_memory(error):
+                raise
             reason = str(error).splitlines()[0]
             raise UserError(f"the network cannot take images of shape {tuple(images.shape[1:])}: {reason}") from error
         if draws.shape[1:] != (len(images), classes):
@@ -103,7 +137,7 @@ class Survey:
             )
         if not torch.isfinite(draws).all():
             raise UserError("the network gives logits that are not finite on clean images")
-        return draws.mean(0).cpu()
+        return draws.cpu()
 
     def meet(
         self,
@@ -129,24 +163,19 @@ class Survey:
         left = who.clone()
         for piece in self._journal.pieces(work):
             self._enter(title, piece, radius)
+            self.earlier_seconds += float(piece["seconds"])
             left[piece["met"]] = False
-        while left.any():
-            met = left.nonzero().squeeze(1)[: self._batch]
-            try:
-                piece = self._attack(attack, search, met, generator(*seed, int(met[0])))
-            except RuntimeError as error:
-                if not _out_of_memory(error):
-                    raise
-                if self._batch == 1:
-                    raise UserError("there is not enough memory to attack one image") from error
-                self._batch = (min(self._batch, len(met)) + 1) // 2
-                continue
-            self._journal.write(work, int(met[0]), piece)
+        for piece in self.each_batch(left.nonzero().squeeze(1), lambda met: self._attack(attack, search, met, seed)):
+            self._journal.write(work, int(piece["met"][0]), piece)
             self._enter(title, piece, radius)
-            left[met] = False
 
-    def _attack(self, attack: Attack, search: SearchModel, met: Tensor, draws: torch.Generator) -> dict[str, Tensor]:
+    def _attack(
+        self, attack: Attack, search: SearchModel, met: Tensor, seed: tuple[int | str, ...]
+    ) -> dict[str, Tensor]:
         """Who met it, at what price, whom it hurt how much, with which image, how far away."""
+        started, draws = time.perf_counter(), generator(*seed, int(met[0]))
+        if self.random:
+            torch.manual_seed(derive_seed(*seed, int(met[0]), "model"))
         images, labels = self.images(met), self.labels[met].to(self._device)
         outcome = attack.run(search, images, labels, draws)
         # Whatever the attack says: the original judges, in float32 and inside the exact threat.
@@ -159,6 +188,7 @@ class Survey:
             "score": score[hurt].cpu(),
             "images": outcome.images[hurt].cpu(),
             "distance": _distance(attack.threat, outcome.images, images)[hurt].cpu(),
+            "seconds": torch.tensor(time.perf_counter() - started),
         }
 
     def _enter(self, title: str, piece: dict[str, Tensor], radius: float) -> None:
@@ -172,18 +202,27 @@ class Survey:
             self.by[index] = title
             self.adversarial[index] = piece["images"][k]
 
-    def found(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Indices and adversarial images of all that have one, in batches, on the network's device."""
-        indices = torch.tensor(sorted(self.adversarial), dtype=torch.int64)
-        for part in indices.split(self._batch) if len(indices) else ():
-            yield part, torch.stack([self.adversarial[k] for k in part.tolist()]).to(self._device)
+    def found(self) -> Tensor:
+        """Indices of all images that have an adversarial one, int64, in order."""
+        return torch.tensor(sorted(self.adversarial), dtype=torch.int64)
+
+    def attacked(self, indices: Tensor) -> Tensor:
+        """The adversarial images, or where there is none the clean ones, ``(n, c, h, w)`` on the network's device."""
+        images = self.images(indices)
+        for k, index in enumerate(indices.tolist()):
+            if index in self.adversarial:
+                images[k] = self.adversarial[index].to(self._device)
+        return images
 
     def rows(self, *, measured: bool) -> list[Row]:
         """One row an image; ``measured`` says whether the threat has a norm that distances are told in."""
         says: dict[int, tuple[int, float]] = {}
-        for part, images in self.found():
-            best = self.judge.exact_logits(images).softmax(1).max(1)
-            says |= dict(zip(part.tolist(), zip(best.indices.tolist(), best.values.tolist(), strict=True), strict=True))
+
+        def ask(part: Tensor) -> None:
+            best = self.judge.exact_logits(self.attacked(part)).softmax(1).max(1)
+            says.update(zip(part.tolist(), zip(best.indices.tolist(), best.values.tolist(), strict=True), strict=True))
+
+        list(self.each_batch(self.found(), ask))
         rows = []
         for k, by in enumerate(self.by):
             prediction, confidence = says.get(k, (None, None))

@@ -116,6 +116,7 @@ def _evaluate(run: Run, evaluation: Evaluation | None = None) -> str:
         options = {"--threat": evaluation.threat, "--attack": evaluation.attack}
         options |= {"--samples": evaluation.samples, "--seed": evaluation.seed}
         options |= {"--precision": evaluation.precision} if evaluation.precision != "auto" else {}
+        options |= {"--checkpoint": "last"} if evaluation.checkpoint == "last" else {}
         options |= {"--draws": evaluation.randomised.draws} if evaluation.randomised else {}
     words = [str(word) for option in options.items() for word in option]
     return shlex.join(["redan", "evaluate", str(run.folder), *words])
