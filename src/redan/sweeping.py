@@ -24,15 +24,13 @@ from redan.analysis.analyse import analyse as run_analysis
 from redan.analysis.results import AS_TRAINED, Analysis
 from redan.data.registry import load_dataset
 from redan.errors import Stopped, UserError
-from redan.evaluation.evaluate import DRAWS, evaluate
-from redan.evaluation.journal import SETTINGS
+from redan.evaluation.evaluate import evaluate
 from redan.evaluation.protocol import default_protocol, parse_protocol
 from redan.evaluation.results import Accuracy, Frozen
 from redan.files import write_atomically
 from redan.recipes.build import build
 from redan.recipes.schema import Recipe, load_recipe
 from redan.run import WEIGHTS, Checkpoint
-from redan.tensors import load_tensors
 from redan.training.trainer import train
 from redan.version import __version__
 
@@ -379,7 +377,7 @@ def _attacked(entry: _Entry, *, data_dir: Path | None, progress: bool) -> _Entry
         checkpoint=row.checkpoint,
         curve=False,
         data_dir=data_dir,
-        resume=_evaluation_begun(entry),
+        resume=None,
         progress=progress,
     )
     return entry.having(clean=result.clean, robust=result.robust, evaluation_seconds=result.seconds)
@@ -388,15 +386,6 @@ def _attacked(entry: _Entry, *, data_dir: Path | None, progress: bool) -> _Entry
 def _begun(folder: Path) -> bool:
     """Whether there is a checkpoint to go on from; a run that failed before its first may be begun anew."""
     return (folder / "checkpoint" / "state.safetensors").exists()
-
-
-def _evaluation_begun(entry: _Entry) -> bool:
-    """Whether the run has an unfinished evaluation of the row's settings, among others perhaps."""
-    row = entry.row
-    wanted = {"attack": row.attack, "samples": row.samples, "threat": row.threat, "data": entry.recipe.data.name}
-    wanted |= {"seed": 0, "checkpoint": row.checkpoint, "curve": False, "precision": "auto", "draws": DRAWS}
-    journals = (Path(row.run) / "results").glob(f"*.partial/{SETTINGS}")
-    return any(wanted.items() <= load_tensors(path)[1].items() for path in journals)
 
 
 def _over_seeds(accuracies: Sequence[Accuracy | None]) -> str:

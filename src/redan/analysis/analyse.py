@@ -4,18 +4,16 @@ Gradient conflict on training batches, from where the last checkpoint is; branch
 """
 
 import copy
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from redan.analysis.progress import progress_bar
 from redan.analysis.results import ANALYSIS, AS_TRAINED, Analysis, BranchFound, ConflictFound, NormGap, Spread
 from redan.attacks.pgd import PGD
 from redan.attacks.search import SearchModel
@@ -84,22 +82,14 @@ def analyse(
     attack = PGD(recipe.parsed_threat(), steps=ATTACK_STEPS, drop_broken=False)
     test = dataset.test.subset(torch.arange(number))
 
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not progress or not sys.stderr.isatty(),
-    )
+    bar = progress_bar(show=progress)
     with bar:
         # The test images come first: training passes move BatchNorm's statistics.
         parts = list(_parts(test, size, device))
         branches = {}
         for name, network in _branches(method).items():
             branches[name] = _branch(network, attack, bar.track(parts, description=f"BatchNorm {name}"), seed)
-        core = _unwrapped(method)
+        core = _unwrapped(method, ships=True)
         gaps = _norm_gaps(core.trained())
         conflicts: dict[str, list[Conflict]] = {}
         training_batches = islice(_endless(drawn), batches)
@@ -150,16 +140,16 @@ def _endless(batches: TrainingBatches) -> Iterator[Batch]:
         yield from batches.epoch(epoch)
 
 
-def _unwrapped(method: Method) -> Method:
-    """The method inside all wrappers; inside an average, the one that ships."""
+def _unwrapped(method: Method, *, ships: bool) -> Method:
+    """The method inside all wrappers: the one that ships, where they average, or the one that trains."""
     while isinstance(method, Wrapper):
-        method = method.average if isinstance(method, WeightAveraging) else method.inner
+        method = method.average if ships and isinstance(method, WeightAveraging) else method.inner
     return method
 
 
 def _branches(method: Method) -> dict[str, nn.Module]:
     """The networks that can be shipped, by branch."""
-    core = _unwrapped(method)
+    core = _unwrapped(method, ships=True)
     if isinstance(core, ARAT) and core.split_bn:
         return {"adversarial": core.branch("adversarial"), "clean": core.branch("clean")}
     return {"shared": method.deployed()}
@@ -206,9 +196,7 @@ def _conflicts(method: Method, batch: Batch) -> dict[str, Conflict]:
         return {}
     classification, network = terms["classification"], method.trained()
     found = {AS_TRAINED: conflict(classification, terms["invariance"], network)}
-    core = method
-    while isinstance(core, Wrapper):
-        core = core.inner
+    core = _unwrapped(method, ships=False)
     if isinstance(core, ARAT):
         passes = core.passes(batch, attacked)
         for name, half in (

@@ -5,7 +5,6 @@ harder still, and that it fits them by memorising their labels, as it does wrong
 these are ours. Difficulty is 1 - p_y, the confidence in the label that training was given, in [0, 1].
 """
 
-import sys
 import time
 import warnings
 from collections import Counter
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from scipy.stats import ConstantInputWarning, spearmanr
 from torch import Tensor, nn
 
+from redan.analysis.progress import progress_bar
 from redan.analysis.results import (
     DIFFICULTY,
     Correlations,
@@ -140,15 +139,7 @@ def study_difficulty(
     if not DECILES <= number <= available:
         raise UserError(f"--samples is from {DECILES} to {available}, the training images of this run; got {number}")
     chosen = _Examples(subject.positions[:number], subject.training.labels[:number])
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not progress or not sys.stderr.isatty(),
-    )
+    bar = progress_bar(show=progress)
     missing = []
     with bar:
         threats = [replace(subject.threat, radius=share * subject.threat.radius) for share in SHARES]

@@ -1,14 +1,8 @@
 """What an analysis finds, kept in a run folder as ``analysis.json``, and of hard examples as ``difficulty.json``."""
 
-import os
-from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
-from redan.errors import UserError
-from redan.evaluation.results import Accuracy, Frozen
-from redan.files import write_atomically
+from redan.evaluation.results import Accuracy, Frozen, ResultFile
 
 ANALYSIS = "analysis.json"
 DIFFICULTY = "difficulty.json"
@@ -56,7 +50,7 @@ class NormGap(Frozen):
     scale: float
 
 
-class Analysis(Frozen):
+class Analysis(ResultFile):
     """The result of ``redan analyse``.
 
     ``conflicts`` is empty where the loss has one part; its keys are ``as trained`` and, for AR-AT, the two halves of
@@ -64,6 +58,8 @@ class Analysis(Frozen):
     of a split network; one that is not has the one branch ``shared`` and no gaps. ``shipped`` names the branch that is
     deployed, where the file says so. All is of the last weights; branches and gaps of their average, if it is shipped.
     """
+
+    kind = "an analysis"
 
     redan_version: str
     run: str
@@ -80,18 +76,6 @@ class Analysis(Frozen):
     shipped: str = ""
     norm_gaps: tuple[NormGap, ...]
     seconds: float
-
-    def save(self, path: Path) -> None:
-        """Write the JSON file whole or not at all."""
-        write_atomically(path, self.model_dump_json(indent=1).encode())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Analysis":
-        """Raises: UserError where the file is not an analysis of redan's."""
-        try:
-            return cls.model_validate_json(Path(path).read_text())
-        except (OSError, ValidationError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not an analysis of redan's: {str(error).splitlines()[0]}") from error
 
 
 class Correlations(Frozen):
@@ -167,12 +151,14 @@ class DifficultEntry(Frozen):
     difficulty: float
 
 
-class Difficulty(Frozen):
+class Difficulty(ResultFile):
     """The result of ``redan analyse --difficulty``, beside ``difficulty.safetensors`` with its numbers an example.
 
     ``growth`` is over the radius of the attack on the last weights, ``training_growth`` over the radius that runs were
     trained with; it, like ``memorisation``, is None where the runs do not have what it needs, which ``missing`` says.
     """
+
+    kind = "a study of difficulty"
 
     redan_version: str
     run: str
@@ -190,15 +176,3 @@ class Difficulty(Frozen):
     gallery: tuple[DifficultEntry, ...]
     missing: tuple[str, ...]
     seconds: float
-
-    def save(self, path: Path) -> None:
-        """Write the JSON file whole or not at all."""
-        write_atomically(path, self.model_dump_json(indent=1).encode())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Difficulty":
-        """Raises: UserError where the file is not a study of difficulty of redan's."""
-        try:
-            return cls.model_validate_json(Path(path).read_text())
-        except (OSError, ValidationError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not a study of difficulty of redan's: {str(error).splitlines()[0]}") from error

@@ -63,7 +63,7 @@ def evaluate(
     input_std: Sequence[float] | None = None,
     out: str | Path | None = None,
     save_images: bool = False,
-    resume: bool = False,
+    resume: bool | None = False,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate a network on test images, clean and under attack.
@@ -87,7 +87,7 @@ def evaluate(
         input_std: likewise, divided by.
         out: folder of the results; a run's own ``results/`` if None. Without either nothing is written.
         save_images: keep the adversarial images, exact and rounded to 8 bits, beside the result.
-        resume: go on with the unfinished evaluation of the same settings.
+        resume: go on with the unfinished evaluation of the same settings; None does so if there is one.
         progress: show it on standard error.
 
     Returns:

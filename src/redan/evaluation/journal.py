@@ -20,13 +20,14 @@ class Journal:
     Args:
         folder: where to keep them; None keeps nothing.
         settings: what the pieces depend on, JSON-able; pieces of other settings are refused.
-        resume: take up what the folder holds; without it, a folder that holds something is refused.
+        resume: take up what the folder holds; without it, a folder that holds something is refused. None takes up what
+            there is, if anything.
 
     Raises:
         UserError: see above.
     """
 
-    def __init__(self, folder: Path | None, settings: dict[str, Any], *, resume: bool) -> None:
+    def __init__(self, folder: Path | None, settings: dict[str, Any], *, resume: bool | None) -> None:
         self._folder = folder
         self._names: set[str] = set()
         if folder is None:
@@ -36,7 +37,7 @@ class Journal:
                 raise UserError(f"there is no unfinished evaluation in {folder}; start it without --resume")
             save_tensors(folder / SETTINGS, {}, settings)
             return
-        if not resume:
+        if resume is False:
             raise UserError(f"{folder} holds an unfinished evaluation: go on with --resume, or delete it")
         _, found = load_tensors(folder / SETTINGS)
         differing = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))

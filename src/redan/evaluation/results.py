@@ -6,7 +6,7 @@ An evaluation is kept in a run's ``results/`` folder as ``<name>.json`` (this fi
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from scipy.stats import binomtest
@@ -17,6 +17,28 @@ from redan.files import write_atomically
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ResultFile(Frozen):
+    """A result that is kept as a JSON file.
+
+    Attributes:
+        kind: what it is, in words; for messages.
+    """
+
+    kind: ClassVar[str]
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file whole or not at all."""
+        write_atomically(path, self.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Raises: UserError where the file is not such a result of redan's."""
+        try:
+            return cls.model_validate_json(Path(path).read_text())
+        except (OSError, ValidationError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not {cls.kind} of redan's: {str(error).splitlines()[0]}") from error
 
 
 class Accuracy(Frozen):
@@ -115,8 +137,10 @@ class Check(Frozen):
     values: dict[str, float] = {}
 
 
-class Evaluation(Frozen):
+class Evaluation(ResultFile):
     """The result of ``redan evaluate``: who stood, who fell, to what, and at which price."""
+
+    kind = "an evaluation"
 
     redan_version: str
     run: str
@@ -142,15 +166,3 @@ class Evaluation(Frozen):
     curve: tuple[CurvePoint, ...] = ()
     gallery: tuple[GalleryEntry, ...] = ()
     per_image: tuple[Row, ...]
-
-    def save(self, path: Path) -> None:
-        """Write the JSON file whole or not at all."""
-        write_atomically(path, self.model_dump_json(indent=1).encode())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
-        """Raises: UserError where the file is not an evaluation of redan's."""
-        try:
-            return cls.model_validate_json(Path(path).read_text())
-        except (OSError, ValidationError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not an evaluation of redan's: {str(error).splitlines()[0]}") from error
