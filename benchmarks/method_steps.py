@@ -57,9 +57,9 @@ def built(name: str, net: nn.Module, args: Any, mode: Mode = "eval") -> nn.Modul
         drop_broken=False,
     )
     adversary = Adversary(attack, mode, mode == "train", args.precision, args.compile)
-    teacher = copy.deepcopy(net) if family.takes_teacher else None
-    options = {"clean_epochs": 0} if name == "arrest" else {}
-    method = build_method(name, net, adversary=adversary, targets=LabelSmoothing(), teacher=teacher, **options)
+    parts = {"teacher": copy.deepcopy(net)} if family.takes_teacher else {}
+    options: dict[str, Any] = {"clean_epochs": 0} if name == "arrest" else {}
+    method = build_method(name, net, adversary=adversary, targets=LabelSmoothing(), parts=parts, **options)
     if name == "arrest":
         method.finetuning.fill_(True)  # type: ignore[operator]
     return method

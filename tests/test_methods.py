@@ -247,6 +247,7 @@ def test_what_each_training_attack_maximises_and_where_it_starts() -> None:
         "mart": (cross_entropy, "near"),
         "lbgat": (kl_divergence, "near"),
         "arrest": (cross_entropy, "random"),
+        "atop": (cross_entropy, "image"),
     }
     assert {name for name, family in METHODS.items() if not family.attacks} == {"standard"}
 

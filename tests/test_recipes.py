@@ -39,6 +39,11 @@ SMALL: dict[str, Any] = {
     "epochs": 2,
 }
 NORMED = SMALL | {"model": {"name": "small-cnn-bn", "width": 2}}
+PURIFICATION: dict[str, Any] = {
+    "purifier": {"name": "inpainting", "width": 4, "halvings": 1, "dilations": 1, "attention": False},
+    "classifier_training": {"epochs": 1, "optimizer": {"lr": 0.1}},
+    "pretraining": {"epochs": 1, "optimizer": {"lr": 0.1}},
+}
 DIGITS = Facts(1, 8, tuple("0123456789"), (0.3,), (0.4,))
 
 
@@ -373,8 +378,9 @@ def test_what_is_built_is_what_the_recipe_says() -> None:
 def test_the_start_of_the_attack_is_the_methods_unless_the_recipe_says(name: str) -> None:
     family = METHODS[name]
     other = "random" if family.attack_start == "near" else "near"
-    usual = build(Recipe.model_validate(NORMED | {"method": name}), DIGITS)
-    told = build(Recipe.model_validate(NORMED | {"method": name, "attack": {"start": other}}), DIGITS)
+    asked = NORMED | {"method": name} | ({"purification": PURIFICATION} if family.purifies else {})
+    usual = build(Recipe.model_validate(asked), DIGITS)
+    told = build(Recipe.model_validate(asked | {"attack": {"start": other}}), DIGITS)
     attacks = [adversary.attack for m in (usual, told) if (adversary := unwrapped(m).adversary) is not None]
     assert isinstance(usual, family) and len(attacks) == 2 * family.attacks
     for attack, start in zip(attacks, (family.attack_start, other), strict=False):

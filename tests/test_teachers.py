@@ -547,15 +547,6 @@ def test_a_wrong_teacher_is_said_in_one_line(tmp_path: Path, changes: dict[str, 
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_build_method_wants_a_teacher_where_there_is_one_to_want() -> None:
-    settings: dict[str, Any] = {"adversary": None, "targets": LabelSmoothing()}
-    with pytest.raises(UserError, match="method lbgat learns with a teacher, a second network; none is given"):
-        build_method("lbgat", network(), **settings)
-    with pytest.raises(UserError, match="method trades takes no teacher"):
-        build_method("trades", network(), teacher=network(), **settings)
-    assert isinstance(build_method("lbgat", network(), teacher=network(1), **settings), LBGAT)
-
-
 @pytest.mark.parametrize("name", ["lbgat", "arrest"])
 @pytest.mark.parametrize("averaged", [None, {}])
 def test_a_run_folder_gives_the_network_alone(tmp_path: Path, name: str, averaged: dict[str, Any] | None) -> None:

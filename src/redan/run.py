@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from redan.data.types import Dataset, Facts
 from redan.errors import UserError
+from redan.methods.atop import AToP
 from redan.methods.base import Method, Phase
 from redan.methods.dpls import DPLS, Measure
 from redan.methods.targets import LabelSmoothing, Targets
+from redan.models.purified import Purified
 from redan.recipes.build import build, positions, training_labels
 from redan.recipes.schema import Recipe, load_recipe
 from redan.tensors import load_tensors
@@ -139,6 +141,36 @@ def build_targets(recipe: Recipe, dataset: Dataset, *, begun: bool = False) -> T
         if known.isnan().all():
             raise UserError("the runs of dpls.sources know none of the images that this recipe trains on")
     return DPLS(recipe.dpls, training_labels(recipe, dataset, chosen), known=known, seed=recipe.seed)
+
+
+def take_over(method: Method, recipe: Recipe, dataset: Dataset) -> None:
+    """Give a method that is to begin what its recipe takes from other runs: a classifier, a purifier.
+
+    Raises:
+        UserError: where such a run is none, or its network is not the one that the recipe describes.
+    """
+    if recipe.purification is None:
+        return
+    assert isinstance(method, AToP)
+    if (source := recipe.purification.trained_classifier) is not None:
+        network = read_run(source)[2]
+        _fill(method.pipeline.classifier, network.classifier if isinstance(network, Purified) else network, source)
+    if (source := recipe.purification.trained_purifier) is not None:
+        other, _ = read_method(source, dataset)
+        if not isinstance(other, AToP):
+            raise UserError(f"purification.trained_purifier: {source} trained no purifier")
+        _fill(method.pipeline.purifier, other.pipeline.purifier, source)
+        if method.discriminator is not None and other.discriminator is not None:
+            _fill(method.discriminator, other.discriminator, source)
+
+
+def _fill(module: nn.Module, trained: nn.Module, source: str) -> None:
+    """Copy the weights and statistics of a module into a like one."""
+    try:
+        module.load_state_dict(trained.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"what {source} trained is not what this recipe describes: {reason}") from error
 
 
 def _state(run: str | Path) -> Path:

@@ -9,7 +9,7 @@ original has confirmed it in float32. The original is never touched: not its mod
 import copy
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -85,7 +85,7 @@ class SearchModel:
         self._mode = mode
         self._moves_statistics = moves_statistics
         self._compile = compile
-        self._copy: _FoldedCopy | None = None
+        self._copy: _FoldedCopy | _FoldedParts | None = None
         self._forward: Any = None
         self._classes: int | None = None
         self._precise: SearchModel | None = None
@@ -209,17 +209,26 @@ class SearchModel:
             self._forward = torch.compile(twin) if self._compile else twin
             return
         self._forward = self._evaluated
-        if self.draws > 1:  # a trace could keep one draw for ever, and no comparison would tell
+        exact, sample = self._exact, images[:8].detach()
+        parts = getattr(exact, "deterministic_parts", ())
+        if self.draws > 1 and not parts:  # a trace could keep one draw for ever, and no comparison would tell
             return
-        folded, sample = _FoldedCopy.of(self._exact), images[:8].detach()
-        if folded is None or not _is_faithful(folded.module, self._exact, sample):
+
+        def copied(dtype: torch.dtype) -> "_FoldedCopy | _FoldedParts | None":
+            return _FoldedParts(exact, parts, dtype) if parts else _FoldedCopy.of(exact, dtype)
+
+        def comparable(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return _on_one_draw(forward) if parts else forward
+
+        folded = copied(torch.float32)
+        if folded is None or not _is_faithful(comparable(folded.module), comparable(exact), sample):
             return
         with torch.no_grad():
-            exact = self.exact_logits(sample)
-            reduced = _FoldedCopy.of(self._exact, torch.bfloat16) if self._wants_bfloat16(sample.device) else None
-            if reduced is not None and (logits := _attempt(reduced.module, sample)) is not None:
+            logits = comparable(self.exact_logits)(sample)
+            reduced = copied(torch.bfloat16) if self._wants_bfloat16(sample.device) else None
+            if reduced is not None and (rounded := _attempt(comparable(reduced.module), sample)) is not None:
                 # Where nobody asked for it, bfloat16 must also come close: a model can be too steep for it.
-                folded = reduced if self.precision == "bfloat16" or _agree(logits, exact, 0.1) else folded
+                folded = reduced if self.precision == "bfloat16" or _agree(rounded, logits, 0.1) else folded
         self._copy = folded
         self._forward = torch.compile(folded.module) if self._compile else folded.module
 
@@ -248,7 +257,7 @@ def _differentiate(
     return logits.detach(), values.detach(), gradient
 
 
-def _is_faithful(traced: nn.Module, original: nn.Module, images: Tensor) -> bool:
+def _is_faithful(traced: Callable[[Tensor], Tensor], original: Callable[[Tensor], Tensor], images: Tensor) -> bool:
     """Whether a trace gives the original's logits and gradients.
 
     It does not where tracing froze a random draw, or lost a gradient that the model defines by itself
@@ -275,16 +284,27 @@ def _random_state(device: torch.device) -> bytes:
     return pickle.dumps((random.getstate(), np.random.get_state(), [state.numpy() for state in states]))
 
 
+def _on_one_draw(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function with the same torch randomness at each call, and none taken from the caller's."""
+
+    def drawn(images: Tensor) -> Tensor:
+        with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            return forward(images)
+
+    return drawn
+
+
 def _agree(logits: Tensor, exact: Tensor, tolerance: float) -> bool:
     """Whether logits differ from the exact ones by no more than this share of the logits' spread."""
     spread = (exact - exact.mean(1, keepdim=True)).abs().amax().clamp(min=1e-6)
     return bool(((logits.float() - exact).abs() <= tolerance * spread).all())
 
 
-def _attempt(module: nn.Module, images: Tensor) -> Tensor | None:
-    """The module's logits, or None where it cannot run (it mixes in tensors of its own that stayed float32)."""
+def _attempt(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor | None:
+    """The logits, or None where there are none to be had (a model mixes in tensors of its own that stayed float32)."""
     try:
-        logits: Tensor = module(images)
+        logits = forward(images)
     except RuntimeError:
         return None
     return logits
@@ -366,14 +386,14 @@ class _FoldedCopy:
 
     def _cast_after_normalisation(self, graph: fx.Graph, dtype: torch.dtype) -> None:
         """Pixels keep float32 until they are normalised: bfloat16 is coarser than a grey level near 1."""
-        node = next(node for node in graph.nodes if node.op == "placeholder")
-        users = list(node.users)
-        first = users[0] if len(users) == 1 and users[0].op == "call_module" else None
-        if first is not None and isinstance(self.module.get_submodule(first.target), Normalise):
-            node = first
-        with graph.inserting_after(node):
-            cast = graph.call_method("to", (node, dtype))
-        node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+        for node in [node for node in graph.nodes if node.op == "placeholder"]:
+            users = list(node.users)
+            first = users[0] if len(users) == 1 and users[0].op == "call_module" else None
+            if first is not None and isinstance(self.module.get_submodule(first.target), Normalise):
+                node = first
+            with graph.inserting_after(node):
+                cast = graph.call_method("to", (node, dtype))
+            node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
 
     def _cast_before_head(self, graph: fx.Graph) -> list[nn.Module]:
         """A last linear layer computes in float32: rounded logits hide small gains from who compares objectives.
@@ -401,6 +421,25 @@ class _FoldedCopy:
             folded.bias.copy_(shift if convolution.bias is None else shift + convolution.bias * scale)
         for mine, theirs in self._plain:
             mine.copy_(theirs)
+
+
+class _FoldedParts:
+    """A model whose named children are folded copies; its own code stays, with all that it draws."""
+
+    def __init__(self, original: nn.Module, parts: Sequence[str], dtype: torch.dtype) -> None:
+        self.module = copy.copy(original)
+        self.module._modules = dict(original._modules)
+        self._copies = []
+        for part in parts:
+            folded = _FoldedCopy.of(original.get_submodule(part), dtype)
+            if folded is not None:
+                self.module._modules[part] = folded.module
+                self._copies.append(folded)
+
+    def refresh(self) -> None:
+        """Bring every copy up to date."""
+        for folded in self._copies:
+            folded.refresh()
 
 
 def _scale_and_shift(batch_norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -162,6 +162,10 @@ class Method(nn.Module, ABC):
     def deployed(self) -> nn.Module:
         """The plain network to ship: images to logits."""
 
+    def validated(self) -> nn.Module:
+        """The network that validation looks at: the one to ship, unless a phase trains only a part of it."""
+        return self.deployed()
+
     @property
     @abstractmethod
     def selects_by(self) -> Literal["clean", "robust"]:
@@ -203,6 +207,7 @@ class NetworkMethod(Method):
         attack_objective: what this method's training attack maximises.
         attack_start: where it starts, see ``PGD``.
         takes_teacher: whether it is built with a second network, as ``teacher``.
+        purifies: whether its network is a ``Purified``, and it is built with a discriminator and a config for it.
     """
 
     attacks: ClassVar[bool] = True
@@ -210,6 +215,7 @@ class NetworkMethod(Method):
     attack_objective: ClassVar[Objective] = cross_entropy
     attack_start: ClassVar[Start] = "random"
     takes_teacher: ClassVar[bool] = False
+    purifies: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, *, adversary: Adversary | None, targets: Targets) -> None:
         super().__init__()
@@ -289,6 +295,10 @@ class Wrapper(Method):
     def deployed(self) -> nn.Module:
         """The inner method's."""
         return self.inner.deployed()
+
+    def validated(self) -> nn.Module:
+        """The inner method's."""
+        return self.inner.validated()
 
     @property
     def selects_by(self) -> Literal["clean", "robust"]:

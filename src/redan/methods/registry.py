@@ -9,6 +9,7 @@ from torch import nn
 from redan.errors import UserError, unknown
 from redan.methods.arat import ARAT
 from redan.methods.arrest import ARREST
+from redan.methods.atop import AToP
 from redan.methods.base import Adversary, NetworkMethod
 from redan.methods.dpls import DPLSConfig
 from redan.methods.lbgat import LBGAT
@@ -27,6 +28,7 @@ METHODS: dict[str, type[NetworkMethod]] = {
     "arat": ARAT,
     "lbgat": LBGAT,
     "arrest": ARREST,
+    "atop": AToP,
 }
 
 
@@ -81,15 +83,22 @@ def check_dpls(config: DPLSConfig, name: str) -> None:
     )
 
 
-def check_teacher(name: str, given: bool) -> None:
-    """Raise UserError where a teacher is given to a method that takes none, or none to one that does."""
-    if given == METHODS[name].takes_teacher:
+def check_teacher(name: str) -> None:
+    """Raise UserError where a method takes no teacher, and one is given."""
+    if not METHODS[name].takes_teacher:
+        taking = ", ".join(sorted(known for known, family in METHODS.items() if family.takes_teacher))
+        raise UserError(f"method {name} takes no teacher; leave it out (one goes with: {taking})")
+
+
+def check_purification(name: str, given: bool) -> None:
+    """Raise UserError where a purifier is described for a method that trains none, or none for one that does."""
+    if given == METHODS[name].purifies:
         return
-    taking = ", ".join(sorted(known for known, family in METHODS.items() if family.takes_teacher))
+    able = ", ".join(sorted(known for known, family in METHODS.items() if family.purifies))
     raise UserError(
-        f"method {name} takes no teacher; leave it out (one goes with: {taking})"
+        f"method {name} trains no purifier; leave purification out (it goes with: {able})"
         if given
-        else f"method {name} learns with a teacher, a second network; none is given"
+        else f"method {name} trains a purifier; describe it under purification"
     )
 
 
@@ -99,15 +108,20 @@ def build_method(
     *,
     adversary: Adversary | None,
     targets: Targets,
-    teacher: nn.Module | None = None,
+    parts: dict[str, Any] | None = None,
     **options: Any,
 ) -> NetworkMethod:
-    """A method around a network, and around a teacher where it takes one.
+    """A method around a network.
+
+    Args:
+        name: a key of ``METHODS``.
+        network: what it trains.
+        adversary: what it trains against.
+        targets: what the labels become.
+        parts: what this method alone takes beside them, such as a ``teacher``.
+        options: see the method.
 
     Raises:
-        UserError: for an unknown name or option, an option out of range, or a teacher too many or too few.
+        UserError: for an unknown name or option, or an option out of range.
     """
-    parsed = parse_options(name, options)
-    check_teacher(name, teacher is not None)
-    networks = {} if teacher is None else {"teacher": teacher}
-    return METHODS[name](network, adversary=adversary, targets=targets, **networks, **parsed)
+    return METHODS[name](network, adversary=adversary, targets=targets, **(parts or {}), **parse_options(name, options))

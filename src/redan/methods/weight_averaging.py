@@ -103,3 +103,7 @@ class WeightAveraging(Wrapper):
     def deployed(self) -> nn.Module:
         """The averaged network."""
         return self.average.deployed()
+
+    def validated(self) -> nn.Module:
+        """The averaged network."""
+        return self.deployed()

@@ -1,6 +1,9 @@
 """From a recipe to the objects it names."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +20,12 @@ from redan.methods.targets import LabelSmoothing, Targets
 from redan.methods.weight_averaging import WeightAveraging
 from redan.methods.weight_perturbation import WeightPerturbation
 from redan.models.norms import Normalise
+from redan.models.purified import Purified
+from redan.models.purifiers.discriminator import PatchDiscriminator
+from redan.models.purifiers.registry import build_purifier
+from redan.models.random_transforms import build_transform
 from redan.models.registry import build_model
-from redan.recipes.schema import NamedOptions, Recipe
+from redan.recipes.schema import NamedOptions, PurificationConfig, Recipe
 from redan.seeds import derive_seed, generator
 
 
@@ -82,8 +89,7 @@ def image_size(recipe: Recipe, facts: Facts) -> int:
 
 def _network(recipe: Recipe, facts: Facts, named: NamedOptions, part: str) -> nn.Module:
     """A fresh network, initialised by the recipe's seed for this part."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(recipe.seed, part))
+    with _initialised(recipe, part):
         return build_model(
             named.name,
             Normalise(facts.mean, facts.std),
@@ -92,6 +98,29 @@ def _network(recipe: Recipe, facts: Facts, named: NamedOptions, part: str) -> nn
             classes=facts.classes,
             **named.options,
         )
+
+
+@contextmanager
+def _initialised(recipe: Recipe, part: str) -> Iterator[None]:
+    """What is drawn inside is drawn by the recipe's seed for this part."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, part))
+        yield
+
+
+def _purified(
+    recipe: Recipe, facts: Facts, config: PurificationConfig, classifier: nn.Module
+) -> tuple[Purified, PatchDiscriminator | None]:
+    """The classifier behind a fresh purifier, and a fresh discriminator if the recipe asks for one."""
+    shape = {"channels": facts.channels, "size": image_size(recipe, facts)}
+    transform = build_transform(config.transform.name, size=shape["size"], **config.transform.options)
+    with _initialised(recipe, "purifier"):
+        purifier = build_purifier(config.purifier.name, **shape, **config.purifier.options)
+    discriminator = None
+    if config.discriminator is not None:
+        with _initialised(recipe, "discriminator"):
+            discriminator = PatchDiscriminator(**shape, width=config.discriminator)
+    return Purified(transform, purifier, classifier, votes=config.votes), discriminator
 
 
 def build(
@@ -113,9 +142,13 @@ def build(
         compile: whether the attack's search copy is compiled.
     """
     family, config = METHODS[recipe.method.name], recipe.attack
-    network, teacher = _network(recipe, facts, recipe.model, "weights"), None
+    network: nn.Module = _network(recipe, facts, recipe.model, "weights")
+    parts: dict[str, Any] = {}
     if family.takes_teacher:
-        teacher = _network(recipe, facts, recipe.teacher or recipe.model, "teacher")
+        parts["teacher"] = _network(recipe, facts, recipe.teacher or recipe.model, "teacher")
+    if recipe.purification is not None:
+        network, parts["discriminator"] = _purified(recipe, facts, recipe.purification, network)
+        parts["config"] = recipe.purification
     adversary = None
     if family.attacks:
         attack = PGD(
@@ -128,10 +161,9 @@ def build(
         )
         adversary = Adversary(attack, config.mode, config.bn_momentum_in_attack, precision, compile)
     targets = LabelSmoothing(recipe.label_smoothing) if targets is None else targets
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(recipe.seed, "method"))  # of what a method adds to its networks
+    with _initialised(recipe, "method"):  # what a method adds to its networks
         method: Method = build_method(
-            recipe.method.name, network, adversary=adversary, targets=targets, teacher=teacher, **recipe.method.options
+            recipe.method.name, network, adversary=adversary, targets=targets, parts=parts, **recipe.method.options
         )
     if recipe.weight_perturbation is not None:
         method = WeightPerturbation(method, recipe.weight_perturbation)

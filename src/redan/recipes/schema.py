@@ -12,11 +12,14 @@ from redan.attacks.pgd import Start
 from redan.attacks.search import Mode, Precision
 from redan.errors import UserError, unknown
 from redan.files import write_atomically
+from redan.methods.atop import AToPConfig
 from redan.methods.base import Config, OptimizerConfig, ScheduleConfig
 from redan.methods.dpls import DPLSConfig
-from redan.methods.registry import check_dpls, check_teacher, method_options, parse_options
+from redan.methods.registry import check_dpls, check_purification, check_teacher, method_options, parse_options
 from redan.methods.weight_averaging import WeightAveragingConfig
 from redan.methods.weight_perturbation import WeightPerturbationConfig
+from redan.models.purifiers.registry import purifier_options
+from redan.models.random_transforms import transform_options
 from redan.models.registry import model_options
 from redan.threats import LpBall, parse_number, parse_threat
 
@@ -49,6 +52,9 @@ class DataConfig(Config):
     flip: bool = False
 
 
+NAMED = {"model", "teacher", "method", "transform", "purifier"}  # the keys whose values are such
+
+
 class NamedOptions(Config):
     """A name and the options of what it names."""
 
@@ -65,6 +71,49 @@ class NamedOptions(Config):
             named = {k: v for k, v in value.items() if k == "name"}
             return {**named, "options": {k: v for k, v in value.items() if k != "name"}}
         return value
+
+
+def _with_options(kind: str, named: NamedOptions, known: dict[str, Any]) -> NamedOptions:
+    """With the defaults of all options that are left out. Raises: UserError for one that is not known."""
+    for option in named.options:
+        if option not in known:
+            raise unknown(f"option of {kind} {named.name}", option, known)
+    return NamedOptions(name=named.name, options=known | named.options)
+
+
+class PurificationConfig(AToPConfig):
+    """The purifier before the classifier, which is the recipe's ``model``; the rest of its training as in ``AToP``.
+
+    ``discriminator`` is the width of an SN-PatchGAN, null trains the purifier without. ``votes`` draws answer together.
+    ``trained_classifier`` is a run whose best network the classifier is, ``trained_purifier`` an AToP run whose last
+    purifier and discriminator training goes on with; each makes the phase superfluous that would train it.
+    """
+
+    transform: NamedOptions = NamedOptions(name="rt2")
+    purifier: NamedOptions
+    discriminator: int | None = Field(64, ge=1)
+    votes: int = Field(1, ge=1)
+    trained_classifier: str | None = None
+    trained_purifier: str | None = None
+
+    @field_validator("transform")
+    @classmethod
+    def _with_transform_options(cls, named: NamedOptions) -> NamedOptions:
+        return _with_options("transform", named, transform_options(named.name))
+
+    @field_validator("purifier")
+    @classmethod
+    def _with_purifier_options(cls, named: NamedOptions) -> NamedOptions:
+        if ":" in named.name:  # a user's own, which knows its options
+            return named
+        return _with_options("purifier", named, purifier_options(named.name))
+
+    @model_validator(mode="after")
+    def _given_parts_are_not_trained(self) -> "PurificationConfig":
+        for key, stage in (("trained_classifier", "classifier_training"), ("trained_purifier", "pretraining")):
+            if getattr(self, key) is not None and getattr(self, stage).epochs:
+                raise ValueError(f"{key} is given, so that nothing is left to train before: set {stage}.epochs to 0")
+        return self
 
 
 class AttackConfig(Config):
@@ -117,6 +166,7 @@ class Recipe(Config):
     attack: AttackConfig = AttackConfig()
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     dpls: DPLSConfig | None = None
+    purification: PurificationConfig | None = None
     weight_perturbation: WeightPerturbationConfig | None = None
     weight_averaging: WeightAveragingConfig | None = None
     optimizer: OptimizerConfig
@@ -134,11 +184,7 @@ class Recipe(Config):
     def _with_model_options(cls, named: NamedOptions | None) -> NamedOptions | None:
         if named is None:
             return None
-        known = model_options(named.name)
-        for option in named.options:
-            if option not in known:
-                raise unknown(f"option of model {named.name}", option, known)
-        return NamedOptions(name=named.name, options=known | named.options)
+        return _with_options("model", named, model_options(named.name))
 
     @field_validator("method")
     @classmethod
@@ -158,7 +204,10 @@ class Recipe(Config):
             if self.label_smoothing:
                 raise ValueError("dpls makes the labels soft itself; leave label_smoothing at 0")
         if self.teacher is not None:
-            check_teacher(self.method.name, given=True)
+            check_teacher(self.method.name)
+        check_purification(self.method.name, self.purification is not None)
+        if self.purification is not None and (self.weight_perturbation or self.weight_averaging):
+            raise ValueError("a purifier is trained without weight_perturbation and weight_averaging; leave them out")
         return self
 
     def parsed_threat(self) -> LpBall:
@@ -168,9 +217,10 @@ class Recipe(Config):
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain data that reads back to the same recipe."""
         content = self.model_dump(mode="json")
-        for key in ("model", "teacher", "method"):
-            if content[key] is not None:
-                content[key] = {"name": content[key]["name"], **content[key]["options"]}
+        for part in (content, content["purification"] or {}):
+            for key in NAMED & part.keys():
+                if part[key] is not None:
+                    part[key] = {"name": part[key]["name"], **part[key]["options"]}
         return content
 
     def save(self, path: Path) -> None:
@@ -241,7 +291,7 @@ def _override(content: dict[str, Any], keys: list[str], value: Any, whole: str) 
         below = content.get(key)
         if below is None:
             below = {}
-        elif isinstance(below, str) and key in ("model", "teacher", "method"):
+        elif isinstance(below, str) and key in NAMED:
             below = {"name": below}  # the short form
         if not isinstance(below, dict):
             raise UserError(f"override {whole!r}: {key} has no keys below it")

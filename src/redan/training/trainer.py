@@ -28,9 +28,10 @@ from redan.data.types import Batch, ImageSet
 from redan.errors import Stopped, UserError
 from redan.files import write_atomically
 from redan.methods.base import Method, Phase, StepOutput
+from redan.models.purified import Purified
 from redan.recipes.build import build, image_size, positions, split
 from redan.recipes.schema import Recipe, load_recipe
-from redan.run import build_targets
+from redan.run import build_targets, take_over
 from redan.seeds import derive_seed, generator
 from redan.tensors import load_tensors, save_tensors
 from redan.training.checkpoint import optimizer_tensors, restore_optimizer
@@ -132,8 +133,9 @@ class _Training:
         self.method: Method = build(
             recipe, dataset.facts, targets=targets, precision=self.attack_precision, compile=compile
         )
-        self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.wrapped = self.fabric.setup_module(self.method)
+        if not self.resumed:
+            take_over(self.method, recipe, dataset)
+        self.method.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.phases = self.method.phases(Phase("training", recipe.epochs, recipe.optimizer, recipe.schedule))
 
         self.monitor = Monitor(self.method) if recipe.monitor is not None else None
@@ -196,6 +198,8 @@ class _Training:
     def _run_phase(self, phase: Phase, first: int, tensors: dict[str, Tensor]) -> None:
         """Run a phase that begins at epoch ``first`` of the run; ``tensors`` hold its optimiser's state on a resume."""
         self.method.enter(phase)
+        # Anew in each phase: who shares the gradients of several processes must know which weights are frozen.
+        self.wrapped = self.fabric.setup_module(self.method)
         if (self.epoch, self.step) == (first, 0):
             self.best = None  # what an earlier phase came to is no rival
         self.optimizer = build_optimizer(phase.optimizer, self.method.parameters())
@@ -325,8 +329,11 @@ class _Training:
 
     def _validate(self) -> tuple[float, float]:
         """Clean and PGD accuracy of the present weights on the held-out images, shared by all processes."""
-        search = SearchModel(self.method.deployed(), precision=self.attack_precision)
-        attack = PGD(self.recipe.parsed_threat(), steps=self.recipe.validation.steps)
+        network = self.method.validated()
+        search = SearchModel(network, precision=self.attack_precision)
+        # Of a network that draws at random, one lucky draw of the attacker's is no defeat.
+        drop = not isinstance(network, Purified)
+        attack = PGD(self.recipe.parsed_threat(), steps=self.recipe.validation.steps, drop_broken=drop)
         rank, world = self.fabric.global_rank, self.fabric.world_size
         correct = torch.zeros(2, device=self.fabric.device)
         for i, start in enumerate(range(0, len(self.held_out), VALIDATION_BATCH)):

@@ -1,0 +1,1 @@
+"""Purifiers: networks that make whole, clean images of noisy ones with holes."""
