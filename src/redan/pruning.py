@@ -18,7 +18,7 @@ from redan.data.types import Dataset
 from redan.errors import UserError, unknown
 from redan.methods.dpls import Measure
 from redan.recipes.schema import load_recipe
-from redan.run import read_difficulty, read_run
+from redan.run import read_difficulty, read_facts
 from redan.seeds import generator
 
 KINDS = ("hard", "easy", "random")
@@ -62,7 +62,7 @@ def prune(
     if isinstance(runs, str | Path) or not runs:
         raise UserError("runs is a list of at least one run folder")
     added = _check(keep, count, plus, drop_hardest)
-    dataset = load_dataset(read_run(runs[0], "last")[0].data.name, None if data_dir is None else Path(data_dir))
+    dataset = load_dataset(read_facts(runs[0])[0].data.name, None if data_dir is None else Path(data_dir))
     choice = _Choice(dataset, _mean_difficulty(runs, dataset), balanced, seed)
     groups: dict[str, Tensor] = {}
     if drop_hardest is not None:

@@ -16,11 +16,12 @@ from redan.methods.targets import LabelSmoothing, Targets
 from redan.models.purified import Purified
 from redan.recipes.build import build, positions, training_labels
 from redan.recipes.schema import Recipe, load_recipe
-from redan.tensors import load_tensors
+from redan.tensors import below, load_tensors
 
 Checkpoint = Literal["best", "last"]
 
 WEIGHTS = {"best": "model.safetensors", "last": "model-last.safetensors"}
+STATE = Path("checkpoint") / "state.safetensors"
 
 
 def read_run(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Recipe, Facts, nn.Module]:
@@ -29,6 +30,26 @@ def read_run(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Recipe, 
     Raises:
         UserError: where the folder is not a run, has no weights yet, or they are damaged.
     """
+    recipe, facts, tensors = _read_weights(run, checkpoint)
+    try:
+        network = build(recipe, facts).deployed()
+        network.load_state_dict(tensors)
+    except (ValueError, RuntimeError) as error:
+        raise _misfit(Path(run) / WEIGHTS[checkpoint], error) from error
+    return recipe, facts, network.eval()
+
+
+def read_facts(run: str | Path) -> tuple[Recipe, Facts]:
+    """The recipe of a run and the facts of its images.
+
+    Raises:
+        UserError: where the folder is not a run, has no weights yet, or they are damaged.
+    """
+    recipe, facts, _ = _read_weights(run, "last")
+    return recipe, facts
+
+
+def _read_weights(run: str | Path, checkpoint: Checkpoint) -> tuple[Recipe, Facts, dict[str, Tensor]]:
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(
@@ -43,12 +64,13 @@ def read_run(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Recipe, 
     recipe = load_recipe(folder)
     tensors, metadata = load_tensors(path)
     try:
-        facts = Facts.from_json(metadata["facts"])
-        network = build(recipe, facts).deployed()
-        network.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit its recipe: {str(error).splitlines()[-1].strip()}") from error
-    return recipe, facts, network.eval()
+        return recipe, Facts.from_json(metadata["facts"]), tensors
+    except (KeyError, TypeError, ValueError) as error:
+        raise _misfit(path, error) from error
+
+
+def _misfit(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} does not fit its recipe: {str(error).splitlines()[-1].strip()}")
 
 
 def read_method(run: str | Path, dataset: Dataset) -> tuple[Method, float]:
@@ -57,15 +79,15 @@ def read_method(run: str | Path, dataset: Dataset) -> tuple[Method, float]:
     Raises:
         UserError: where the folder is not a run, has no checkpoint yet, or one that is damaged.
     """
-    recipe, facts, _ = read_run(run, "last")
-    path = _state(run)
+    recipe, facts = read_facts(run)
+    path = Path(run) / STATE
     tensors, place = load_tensors(path)
     targets = build_targets(recipe, dataset, begun=True)
     method = build(recipe, facts, targets=targets, precision=recipe.attack.precision)
     try:
-        method.load_state_dict({k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")})
+        method.load_state_dict(below("method/", tensors))
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit its recipe: {str(error).splitlines()[-1].strip()}") from error
+        raise _misfit(path, error) from error
     end = 0
     for phase in method.phases(Phase("training", recipe.epochs, recipe.optimizer, recipe.schedule)):
         if place["epoch"] >= end:  # the phase that the checkpoint lies in; the last, at the very end
@@ -88,7 +110,7 @@ def read_difficulty(
     Raises:
         UserError: where the folder is no such run, one on other data, or one that has measured nothing yet.
     """
-    recipe, _, _ = read_run(run, "last")
+    recipe, _ = read_facts(run)
     if recipe.dpls is None:
         raise UserError(f"{run} did not measure difficulty; train it with -o dpls.scale=0")
     if recipe.data.name != dataset.name:
@@ -97,7 +119,7 @@ def read_difficulty(
         raise UserError(f"{run} measured {recipe.dpls.difficulty}, and {measure} is asked for; the two do not mix")
     targets = build_targets(recipe, dataset, begun=True)
     assert isinstance(targets, DPLS)
-    tensors, place = load_tensors(_state(run))
+    tensors, place = load_tensors(Path(run) / STATE)
     # Of the method that trained, not of an average around it.
     marked = {k.rpartition("targets.")[2]: v for k, v in tensors.items() if "targets." in k and "average." not in k}
     targets.load_state_dict(marked)
@@ -171,10 +193,6 @@ def _fill(module: nn.Module, trained: nn.Module, source: str) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"what {source} trained is not what this recipe describes: {reason}") from error
-
-
-def _state(run: str | Path) -> Path:
-    return Path(run) / "checkpoint" / "state.safetensors"
 
 
 def load(run: str | Path, checkpoint: Checkpoint = "best") -> nn.Module:

@@ -30,7 +30,7 @@ from redan.evaluation.results import Accuracy, Frozen
 from redan.files import write_atomically
 from redan.recipes.build import build
 from redan.recipes.schema import Recipe, load_recipe
-from redan.run import WEIGHTS, Checkpoint
+from redan.run import STATE, WEIGHTS, Checkpoint
 from redan.training.trainer import train
 from redan.version import __version__
 
@@ -385,7 +385,7 @@ def _attacked(entry: _Entry, *, data_dir: Path | None, progress: bool) -> _Entry
 
 def _begun(folder: Path) -> bool:
     """Whether there is a checkpoint to go on from; a run that failed before its first may be begun anew."""
-    return (folder / "checkpoint" / "state.safetensors").exists()
+    return (folder / STATE).exists()
 
 
 def _over_seeds(accuracies: Sequence[Accuracy | None]) -> str:

@@ -29,7 +29,7 @@ from redan.methods.weight_averaging import WeightAveraging
 from redan.models.split_norm import SplitBatchNorm2d
 from redan.models.taps import HeadTap
 from redan.recipes.build import image_size, split
-from redan.run import read_method, read_run
+from redan.run import read_facts, read_method
 from redan.seeds import generator
 from redan.training.hardware import resolved
 from redan.version import __version__
@@ -65,7 +65,7 @@ def analyse(
     """
     started = time.perf_counter()
     folder = Path(run)
-    recipe, facts, _ = read_run(folder, "last")
+    recipe, facts = read_facts(folder)
     dataset = load_dataset(recipe.data.name, Path(data_dir) if data_dir is not None else None)
     method, epoch = read_method(folder, dataset)
     number = len(dataset.test) if samples is None else samples

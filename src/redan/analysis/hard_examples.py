@@ -39,7 +39,7 @@ from redan.methods.base import Phase
 from redan.methods.registry import METHODS
 from redan.recipes.build import build, image_size, positions, split
 from redan.recipes.schema import Recipe
-from redan.run import read_difficulty, read_run
+from redan.run import read_difficulty, read_facts, read_run
 from redan.seeds import generator
 from redan.tensors import load_tensors, save_tensors
 from redan.threats import LpBall
@@ -131,7 +131,7 @@ def study_difficulty(
         UserError: where a folder is not a run, or one on other data, or a number is out of range.
     """
     started = time.perf_counter()
-    recipe, _, _ = read_run(run, "last")
+    recipe, _ = read_facts(run)
     dataset = load_dataset(recipe.data.name, Path(data_dir) if data_dir is not None else None)
     subject, *others = _subjects([run, *against], dataset)
     available = len(subject.positions)

@@ -31,9 +31,9 @@ from redan.methods.base import Method, Phase, StepOutput
 from redan.models.purified import Purified
 from redan.recipes.build import build, image_size, positions, split
 from redan.recipes.schema import Recipe, load_recipe
-from redan.run import build_targets, take_over
+from redan.run import STATE, build_targets, take_over
 from redan.seeds import derive_seed, generator
-from redan.tensors import load_tensors, save_tensors
+from redan.tensors import below, load_tensors, save_tensors
 from redan.training.checkpoint import optimizer_tensors, restore_optimizer
 from redan.training.hardware import resolved, worth_compiling
 from redan.training.monitor import ExampleRecord, Monitor
@@ -96,11 +96,12 @@ class _Training:
         self, recipe: Recipe, folder: Path, *, data_dir: str | Path | None, resume: bool, devices: int, progress: bool
     ) -> None:
         self.recipe, self.folder = recipe, folder
-        self.state_file = folder / "checkpoint" / "state.safetensors"
+        self.state_file = folder / STATE
         _check_folder(recipe, folder, self.state_file, resume)
         dataset = load_dataset(recipe.data.name, Path(data_dir) if data_dir is not None else None)
         training, self.held_out = split(recipe, dataset)
-        self.images = hashlib.blake2b(positions(recipe, dataset)[0].numpy().tobytes(), digest_size=8).hexdigest()
+        chosen, _ = positions(recipe, dataset)
+        self.images = hashlib.blake2b(chosen.numpy().tobytes(), digest_size=8).hexdigest()
 
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         if accelerator == "cuda" and devices > torch.cuda.device_count():
@@ -141,7 +142,7 @@ class _Training:
         self.monitor = Monitor(self.method) if recipe.monitor is not None else None
         self.examples: ExampleRecord | None = None
         if recipe.monitor is not None and recipe.monitor.examples:
-            self.examples = ExampleRecord(positions(recipe, dataset)[0], self.fabric.device)
+            self.examples = ExampleRecord(chosen, self.fabric.device)
 
         # Where the run is: epochs done, steps done of the present one, and what is known so far.
         self.epoch, self.step = 0, 0
@@ -263,7 +264,7 @@ class _Training:
                 additions[f"{name}_seen"] = n
         for name, value in (output.scalars or {}).items():
             additions[f"scalar_{name}"] = n * float(value)
-            additions[f"scalar_seen_{name}"] = n
+            additions[f"{SEEN}{name}"] = n
         for name, addition in additions.items():
             self.sums[name] += addition
         self.progress.step(
@@ -369,14 +370,11 @@ class _Training:
         tensors, place = load_tensors(self.state_file)
         if place.get("images", self.images) != self.images:  # older checkpoints do not say
             raise UserError(f"{self.folder} was begun on other images; {self.recipe.data.indices} has changed since")
-        weights = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
-        self.method.load_state_dict(weights)
+        self.method.load_state_dict(below("method/", tensors))
         if self.monitor is not None:
-            state = {k.removeprefix("monitor/"): v for k, v in tensors.items() if k.startswith("monitor/")}
-            self.monitor.load_state_dict(state)
+            self.monitor.load_state_dict(below("monitor/", tensors))
         if self.examples is not None:
-            state = {k.removeprefix("examples/"): v for k, v in tensors.items() if k.startswith("examples/")}
-            self.examples.load_state_dict(state)
+            self.examples.load_state_dict(below("examples/", tensors))
             self.examples.load(self.folder, place["epoch"])
         self.epoch, self.step, self.best = place["epoch"], place["step"], place["best"]
         self.sums, self.records = defaultdict(float, place["sums"]), place["records"]
