@@ -31,7 +31,17 @@ from redan.analysis.results import (
     NormGap,
 )
 from redan.errors import UserError
-from redan.evaluation.results import Accuracy, Check, Counts, CurvePoint, Evaluation, GalleryEntry, Randomised, Row
+from redan.evaluation.results import (
+    Accuracy,
+    Check,
+    ConvergencePoint,
+    Counts,
+    CurvePoint,
+    Evaluation,
+    GalleryEntry,
+    Randomised,
+    Row,
+)
 from redan.reporting import write_report
 
 VOID = {"meta", "link", "img", "br"}
@@ -369,7 +379,7 @@ def test_every_picture_has_its_text(run: Path) -> None:
     page = report(run)
     assert [image["alt"] for image in page.attributes("img")[:2]] == [
         "Test image 10, cat",
-        f"Test image 10 after the attack, taken for {CLASSES[1]} 62.5 %",
+        f"Test image 10, after the attack, taken for {CLASSES[1]} 62.5 %",
     ]
     # The bars say nothing that the cells beside them do not say.
     assert all(
@@ -481,6 +491,42 @@ def test_damaged_file_is_named_in_one_line(run: Path, file: str, content: str, m
         write_report([run], run.parent / "report.html")
     assert "\n" not in str(error.value)
     assert not (run.parent / "report.html").exists()
+
+
+def test_what_a_purifier_makes_of_an_image_stands_between_it_and_the_difference(tmp_path: Path) -> None:
+    images, adversarials = noise(3)
+    run = make_run(tmp_path / "run")
+    add_gallery(run, images, adversarials)
+    pictures = {"images": images, "adversarials": adversarials, "purified": images[::-1], "transformed": 1 - images}
+    path = run / "results" / "standard.safetensors"
+    save_file({name: np.ascontiguousarray(picture) for name, picture in pictures.items()}, path)
+    page = report(run)
+    shown = page.pictures()
+    assert len(shown) == 10
+    for got, expected in zip(shown, [images[0], adversarials[0], 1 - images[0], images[1]], strict=False):
+        np.testing.assert_allclose(got.transpose(2, 0, 1), 255 * expected, atol=0.51)
+    told = [image["alt"] for image in page.attributes("img")[2:4]]
+    assert told == ["Test image 10, after the attack, transformed", "Test image 10, after the attack, purified"]
+
+    save_file(pictures | {"purified": images[:1], "transformed": images}, path)
+    with pytest.raises(UserError, match="must hold purified of the images' shape"):
+        write_report([run], tmp_path / "report.html")
+
+
+def test_random_models_show_what_each_attack_left_and_whether_it_converged(run: Path) -> None:
+    drawn = at_random().model_copy(update={"after": {"transfer": 0.77, "pgd:cw": 0.52}})
+    points = [(10, 16, 9), (50, 16, 6), (200, 16, 5), (50, 1, 8), (50, 16, 6), (50, 32, 4)]
+    convergence = [ConvergencePoint(steps=s, draws=d, accuracy=Accuracy.of(k, 10)) for s, d, k in points]
+    account = "200 steps x EOT 16 & nothing left out"
+    add_result(run, evaluation(randomised=drawn, convergence=convergence, account=account, curve=()), "random")
+    page = report(run)
+    for text in ("transfer", "77.00 %", "52.00 %", "all, by new draws", "first 10 images", account):
+        assert text in page.text
+    told = [svg["aria-label"] for svg in page.attributes("svg") if "accuracy against" in (svg.get("aria-label") or "")]
+    assert [text.partition("accuracy against ")[2] for text in told] == [
+        "steps of PGD, 90.0 % at 10, 50.0 % at 200",
+        "draws behind a gradient, 80.0 % at 1, 40.0 % at 32",
+    ]
 
 
 def test_pictures_that_do_not_match_the_gallery_are_refused(run: Path) -> None:

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from redan.analysis.results import Growth
-from redan.evaluation.results import CurvePoint
+from redan.evaluation.results import ConvergencePoint, CurvePoint
 
 # Okabe & Ito (2008): told apart by colour-blind readers, and visible on white and on near-black alike.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -79,6 +79,23 @@ def radius_figure(alt: str, norm: str, lines: Sequence[Sequence[CurvePoint]]) ->
             axes.vlines(radii, low, high, color=colour, linewidth=1)
         _radius_axis(axes, norm)
         axes.set(ylabel="accuracy, %", ylim=(-2, 102))
+
+    return _svg(alt, draw)
+
+
+def convergence_figure(alt: str, xlabel: str, points: Sequence[tuple[int, ConvergencePoint]]) -> Markup:
+    """Accuracy against what an attack spends, on a logarithmic axis, each point with its interval."""
+
+    def draw(axes: Axes) -> None:
+        colour, marker = line_style(0)
+        spent = [x for x, _ in points]
+        axes.plot(spent, [100 * point.accuracy.value for _, point in points], color=colour, marker=marker)
+        low, high = ([100 * getattr(point.accuracy, end) for _, point in points] for end in ("low", "high"))
+        axes.vlines(spent, low, high, color=colour, linewidth=1)
+        axes.set_xscale("log")
+        axes.set_xticks(spent, [str(x) for x in spent])
+        axes.minorticks_off()
+        axes.set(xlabel=xlabel, ylabel="accuracy, %", ylim=(-2, 102))
 
     return _svg(alt, draw)
 

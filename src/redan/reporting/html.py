@@ -16,6 +16,7 @@ from redan.evaluation.results import Accuracy, Evaluation, Row
 from redan.files import write_atomically
 from redan.reporting.figures import (
     MARKERS,
+    convergence_figure,
     growth_figure,
     line_style,
     magnified,
@@ -28,14 +29,17 @@ from redan.reporting.runs import Result, Run, Study, read_run
 
 @dataclass(frozen=True)
 class _Picture:
-    """One line of a gallery: what was seen, and what the model made of it."""
+    """One line of a gallery: what was seen, and what the model made of it.
+
+    Attributes:
+        index: of the test image.
+        truth: its class.
+        cells: (source, what it shows, what stands below) of each picture.
+    """
 
     index: int
     truth: str
-    sources: tuple[str, str, str]
-    before: str
-    after: str
-    magnification: float
+    cells: list[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         diagnostics={title: checks for title, result in evaluated.items() if (checks := result.evaluation.diagnostics)},
         galleries={title: _gallery(result) for title, result in evaluated.items() if len(result.images)},
         share=_share,
+        convergence=_convergence,
         steps=_steps,
         training_figures=training_figures,
         train=lambda run: shlex.join(["redan", "train", run.part("name")]),
@@ -202,19 +207,42 @@ def _gallery(result: Result) -> list[_Picture]:
         return f"{names[label]} {100 * confidence:.1f} %"
 
     pictures = []
-    for entry, image, adversarial in zip(result.evaluation.gallery, result.images, result.adversarials, strict=True):
+    for i, entry in enumerate(result.evaluation.gallery):
+        image, adversarial = result.images[i], result.adversarials[i]
         difference, magnification = magnified(image, adversarial)
-        pictures.append(
-            _Picture(
-                index=entry.index,
-                truth=names[entry.label],
-                sources=(png(image), png(adversarial), png(difference)),
-                before=said(entry.prediction, entry.confidence),
-                after=said(entry.adversarial_prediction, entry.adversarial_confidence),
-                magnification=magnification,
-            )
-        )
+        before = said(entry.prediction, entry.confidence)
+        after = said(entry.adversarial_prediction, entry.adversarial_confidence)
+        times = f"{magnification:.3g}"
+        cells = [
+            (png(image), names[entry.label], before),
+            (png(adversarial), f"after the attack, taken for {after}", after),
+            *((png(stage[i]), f"after the attack, {name}", name) for name, stage in result.inside.items()),
+            (
+                png(difference),
+                f"difference by the attack, magnified {times} times",
+                f"difference ×\N{NO-BREAK SPACE}{times}",
+            ),
+        ]
+        pictures.append(_Picture(entry.index, names[entry.label], cells))
     return pictures
+
+
+def _convergence(title: str, evaluation: Evaluation) -> list[Markup]:
+    """Accuracy against PGD's steps, and against the draws behind each gradient."""
+    points, drawn = evaluation.convergence, evaluation.randomised
+    if not points or drawn is None:
+        return []
+    # Steps vary at the evaluation's own number of draws; the points at any other number share their steps.
+    fixed = {point.steps for point in points if point.draws != drawn.draws}
+    by_steps = {point.steps: point for point in points if point.draws == drawn.draws}
+    by_draws = {point.draws: point for point in points if point.steps in fixed}
+    figures = []
+    for what, series in (("steps of PGD", by_steps), ("draws behind a gradient", by_draws)):
+        if series:
+            at = sorted(series.items())
+            ends = ", ".join(f"{100 * point.accuracy.value:.1f} % at {x}" for x, point in (at[0], at[-1]))
+            figures.append(convergence_figure(f"{title}: accuracy against {what}, {ends}", what, at))
+    return figures
 
 
 def _study(name: str, study: Study) -> _Hard:

@@ -18,6 +18,7 @@ from redan.errors import UserError
 from redan.evaluation.results import Evaluation
 
 Images = npt.NDArray[np.float32]
+INSIDE = ("transformed", "purified")  # what a network that purifies makes of an attacked image, in order
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Result:
         images: float32 ``(k, c, h, w)`` in [0, 1]; row ``i`` belongs to ``evaluation.gallery[i]``. ``k`` is 0 where
             the run keeps no pictures of this evaluation.
         adversarials: likewise, the images after the attack.
+        inside: likewise, what becomes of these inside a network that purifies: ``transformed`` and ``purified``.
     """
 
     name: str
     evaluation: Evaluation
     images: Images
     adversarials: Images
+    inside: Mapping[str, Images]
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def _result(path: Path) -> Result:
     pictures = path.with_suffix(".safetensors")
     if not pictures.exists():
         nothing = np.zeros((0, 1, 1, 1), np.float32)
-        return Result(path.stem, evaluation, nothing, nothing)
+        return Result(path.stem, evaluation, nothing, nothing, {})
     tensors = _arrays(pictures)
     shapes = [tensors[name].shape if name in tensors else () for name in ("images", "adversarials")]
     rows = len(evaluation.gallery)
@@ -164,7 +167,11 @@ def _result(path: Path) -> Result:
             f"{pictures} must hold images and adversarials, both ({rows}, 1 or 3, h, w) as {path.name} has it; "
             f"they are {shapes[0]} and {shapes[1]}"
         )
-    return Result(path.stem, evaluation, tensors["images"], tensors["adversarials"])
+    inside = {name: tensors[name] for name in INSIDE if name in tensors}
+    for name, stage in inside.items():
+        if stage.shape != shapes[0]:
+            raise UserError(f"{pictures} must hold {name} of the images' shape {shapes[0]}; it is {stage.shape}")
+    return Result(path.stem, evaluation, tensors["images"], tensors["adversarials"], inside)
 
 
 def _study(path: Path) -> Study:
