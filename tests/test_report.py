@@ -522,7 +522,7 @@ def test_random_models_show_what_each_attack_left_and_whether_it_converged(run: 
     page = report(run)
     for text in ("transfer", "77.00 %", "52.00 %", "all, by new draws", "first 10 images", account):
         assert text in page.text
-    told = [svg["aria-label"] for svg in page.attributes("svg") if "accuracy against" in (svg.get("aria-label") or "")]
+    told = [label for svg in page.attributes("svg") if "accuracy against" in (label := svg.get("aria-label") or "")]
     assert [text.partition("accuracy against ")[2] for text in told] == [
         "steps of PGD, 90.0 % at 10, 50.0 % at 200",
         "draws behind a gradient, 80.0 % at 1, 40.0 % at 32",

@@ -12,8 +12,8 @@ from redan.attacks import PGD, Outcome, SearchModel
 from redan.data.pipeline import to_float
 from redan.data.registry import load_dataset
 from redan.errors import Stopped, UserError
-from redan.evaluation.evaluate import _fingerprint
 from redan.evaluation.journal import Journal
+from redan.evaluation.kept import fingerprint
 from redan.evaluation.results import Evaluation
 from redan.models.norms import Normalise
 from redan.tensors import load_tensors
@@ -96,7 +96,7 @@ def test_a_journal_of_other_weights_is_refused(tmp_path: Path) -> None:
 def test_constants_are_part_of_the_fingerprint() -> None:
     # Those of the normalisation stay out of the weights file.
     one, other, same = (
-        _fingerprint(dict(nn.Sequential(Normalise([mean], [1.0])).named_buffers())) for mean in (0.1, 0.2, 0.1)
+        fingerprint(dict(nn.Sequential(Normalise([mean], [1.0])).named_buffers())) for mean in (0.1, 0.2, 0.1)
     )
     assert one == same != other
 

@@ -144,15 +144,19 @@ def train(
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run folder, or package.module:function that returns an nn.Module.")],
     threat: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--threat", help="Such as linf:8/255, l2:0.5, stadv:0.05 or rotation:30+3; the run's own if not given."
+            "--threat",
+            help="Such as linf:8/255, l2:0.5, stadv:0.05 or rotation:30+3; again for more. The run's own if not given, "
+            "for purification several.",
         ),
     ] = None,
     attack: Annotated[
         str | None,
         typer.Option(
-            "--attack", help="autoattack, or attacks in order, such as pgd-50+apgd-t; pgd-20:cw+apgd if not given."
+            "--attack",
+            help="autoattack, purification[-STEPS], or attacks in order, such as pgd-50+apgd-t; pgd-20:cw+apgd if not "
+            "given.",
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", help="The first N test images; all if not given.")] = None,
@@ -191,11 +195,11 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure accuracy, clean and under attack, on test images."""
-    from redan.evaluation.evaluate import evaluate as run_evaluate
+    from redan.evaluation.several import evaluate_within
 
-    result = run_evaluate(
+    results = evaluate_within(
         run,
-        threat=threat,
+        threat or [],
         attack=attack,
         samples=samples,
         seed=seed,
@@ -214,18 +218,21 @@ def evaluate(
         resume=resume,
     )
     if as_json:
-        print(result.model_dump_json())
+        documents = [result.model_dump_json() for result in results]
+        print(documents[0] if len(documents) == 1 else f"[{','.join(documents)}]")
     else:
-        _print_results([result])
-        if result.diagnostics:
-            verdicts = {True: "pass", False: "FAIL", None: "-"}
-            rows = [[verdicts[check.passed], check.name, check.figure] for check in result.diagnostics]
-            _print_table(("", "check", "what was found"), rows)
-    failed = sum(check.passed is False for check in result.diagnostics)
+        _print_results(results)
+        for result in results:
+            if result.diagnostics:
+                verdicts = {True: "pass", False: "FAIL", None: "-"}
+                rows = [[verdicts[check.passed], check.name, check.figure] for check in result.diagnostics]
+                _print_table(("", "check", f"what was found within {result.threat}"), rows)
+    failed = sum(check.passed is False for result in results for check in result.diagnostics)
     if failed:
         _say(f"redan: {failed} check{'s' * (failed > 1)} failed: this robust accuracy is not to be trusted")
-    if fail_under is not None and result.robust_accuracy < fail_under:
-        _say(f"redan: robust accuracy {result.robust_accuracy:.4f} is below {fail_under}")
+    least = min(result.robust_accuracy for result in results)
+    if fail_under is not None and least < fail_under:
+        _say(f"redan: robust accuracy {least:.4f} is below {fail_under}")
         raise typer.Exit(1)
 
 
@@ -520,19 +527,34 @@ def _print_results(results: list[Any]) -> None:
         steps = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result.attacks.items())
         drawn = result.randomised
         who = "after each attack" if drawn is None else f"not yet wrong in all {drawn.draws} draws after each attack"
-        console.print(f"{result.run} {who}: {steps}", soft_wrap=True)
+        console.print(f"\n{result.run} within {result.threat}, {who}: {steps}", soft_wrap=True, markup=False)
+        if result.account:
+            console.print(result.account, soft_wrap=True, markup=False)
         if drawn is not None:
-            rules = {
-                "mean": "mean of the draws",
-                "worst": f"right in all {drawn.draws} draws",
-                "majority": "right in most draws",
-                "fixed": "one draw, known to the attacker",
-            }
-            counts = [
-                [text, str(getattr(drawn.clean, rule)), str(getattr(drawn.robust, rule))]
-                for rule, text in rules.items()
-            ]
-            _print_table(("rule of counting", "clean [95 %]", "robust [95 %]"), counts)
+            _print_randomised(result)
+
+
+def _print_randomised(result: Any) -> None:
+    """What was counted of a network that draws at random."""
+    from redan.evaluation.results import Accuracy
+
+    drawn = result.randomised
+    rules = {
+        "mean": "mean of the draws",
+        "worst": f"right in all {drawn.draws} draws",
+        "majority": "right in most draws",
+        "fixed": "one draw, known to the attacker",
+    }
+    counts = [[text, str(getattr(drawn.clean, rule)), str(getattr(drawn.robust, rule))] for rule, text in rules.items()]
+    _print_table(("rule of counting", "clean [95 %]", "robust [95 %]"), counts)
+    samples = result.samples
+    after = [[name, str(Accuracy.of(round(value * samples), samples))] for name, value in drawn.after.items()]
+    after.append(["all, by new draws", str(drawn.robust.mean)])
+    _print_table(("worst candidates after", "mean of the draws that chose them [95 %]"), after)
+    if result.convergence:
+        points = [[str(it.steps), str(it.draws), str(it.accuracy)] for it in result.convergence]
+        images = result.convergence[0].accuracy.samples
+        _print_table(("PGD steps", "EOT draws", f"mean of new draws, first {images} images [95 %]"), points)
 
 
 def _print_table(header: tuple[str, ...], rows: list[list[str]]) -> None:

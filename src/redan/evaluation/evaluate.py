@@ -4,44 +4,35 @@ Each image is classified clean; who is right meets the attacks one after another
 again in float32, in evaluation mode and inside the exact threat; one row an image.
 """
 
-import dataclasses
-import hashlib
-import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from redan.attacks.base import Attack
-from redan.attacks.objectives import cw_margin
-from redan.attacks.pgd import PGD
-from redan.attacks.search import Precision, SearchModel
-from redan.attacks.square import Square
+from redan.attacks.search import Precision
 from redan.data.registry import load_dataset
 from redan.errors import UserError
 from redan.evaluation import diagnose as diagnosis
 from redan.evaluation import randomness
 from redan.evaluation.journal import Journal
-from redan.evaluation.pictures import adversarial_images
+from redan.evaluation.kept import DRAWS, Kept, fingerprint
+from redan.evaluation.pictures import adversarial_images, gallery, on_the_way
 from redan.evaluation.progress import EvaluationProgress
-from redan.evaluation.protocol import default_protocol, parse_protocol
-from redan.evaluation.results import Accuracy, Check, CurvePoint, Evaluation, GalleryEntry, Randomised, Row
-from redan.evaluation.subject import Subject, find_subject, normalised
+from redan.evaluation.protocol import default_protocol, parse_protocol, purification_steps
+from redan.evaluation.purification import OBLIVIOUS, describe, transform_facts, views
+from redan.evaluation.results import Accuracy, ConvergencePoint, CurvePoint, Evaluation, Randomised, Row
+from redan.evaluation.stages import CURVE, CURVE_RADII, Stages
+from redan.evaluation.subject import asked_threat, find_subject, normalised
 from redan.evaluation.survey import Survey
+from redan.models.purified import Purified
 from redan.run import Checkpoint
-from redan.seeds import derive_seed
-from redan.tensors import save_tensors
-from redan.threats import LpBall, Threat, parse_threat
+from redan.seeds import derive_seed, generator
+from redan.threats import LpBall, Threat
 from redan.version import __version__
-
-CURVE_RADII = (0.25, 0.5, 0.75, 1.5, 2.0)  # in units of the threat's radius, at which the attacks themselves stand
-CURVE = "curve"  # what an image fell to that only the search at another radius could break
-GALLERY = 12
-DRAWS = 20  # passes that average a gradient and judge a candidate of a model that draws at random
 
 
 def evaluate(
@@ -55,6 +46,7 @@ def evaluate(
     curve: bool = True,
     precision: Precision = "auto",
     draws: int = DRAWS,
+    convergence: bool = True,
     diagnose: bool = False,
     transfer: str | Path | nn.Module | None = None,
     data: str | None = None,
@@ -79,6 +71,8 @@ def evaluate(
             at random, and not for a threat that moves pixels.
         precision: of the search; float32 confirms in any case.
         draws: of a model that draws at random, at least 2: passes that average each gradient and judge each candidate.
+        convergence: of the protocol ``purification`` on a network that draws at random, within an Lp threat: also find
+            the accuracy against PGD's steps and draws.
         diagnose: also look for gradient masking, see ``redan.evaluation.diagnose``; for Lp threats.
         transfer: with ``diagnose``: another run, or as ``run`` has it, whose adversarial images are tried on this one.
         data: the data set; the run's own if None.
@@ -87,7 +81,8 @@ def evaluate(
         input_std: likewise, divided by.
         out: folder of the results; a run's own ``results/`` if None. Without either nothing is written.
         save_images: keep the adversarial images, exact and rounded to 8 bits, beside the result.
-        resume: go on with the unfinished evaluation of the same settings; None does so if there is one.
+        resume: go on with the unfinished evaluation of the same settings; None does so if there is one, gives the
+            finished one if there is that, and starts otherwise.
         progress: show it on standard error.
 
     Returns:
@@ -98,7 +93,7 @@ def evaluate(
     """
     subject = find_subject(run, checkpoint)
     network = normalised(subject.network, input_mean, input_std)
-    parsed = _threat(threat, subject)
+    parsed = asked_threat(threat, subject)
     attack = attack or default_protocol(parsed)
     name = data or subject.data
     if name is None:
@@ -122,70 +117,53 @@ def evaluate(
     network.to(device)
     other = None if transfer is None else find_subject(transfer, "best").network.to(device)
     started = time.perf_counter()
-    kept = subject.folder is not None
     settings = {
         "threat": str(parsed),
         "attack": attack,
         "samples": count,
         "seed": seed,
-        "checkpoint": checkpoint if kept else "-",
+        "checkpoint": checkpoint if subject.folder is not None else "-",
         "precision": precision,
         "data": name,
         "run": subject.name,
         "run_data": subject.data,
         "out": out is not None,
         "draws": draws,
+        "transform": transform_facts(network),
         "curve": curve,
+        "convergence": convergence or purification_steps(attack) is None or not isinstance(parsed, LpBall),
         "input_mean": input_mean and list(input_mean),
         "input_std": input_std and list(input_std),
-        "weights": _fingerprint(dict([*network.named_parameters(), *network.named_buffers()])),
-        "images": _fingerprint({"labels": dataset.test.labels[:count], "first": dataset.test.images[:8]}),
+        "weights": fingerprint(dict([*network.named_parameters(), *network.named_buffers()])),
+        "images": fingerprint({"labels": dataset.test.labels[:count], "first": dataset.test.images[:8]}),
     }
-    stem = _stem(settings, diagnose=diagnose)
-    journal = Journal(folder and folder / f"{stem}.partial", settings, resume=resume)
+    kept = Kept(folder, settings, diagnose=diagnose)
+    if resume is None and (finished := kept.finished(with_images=save_images)) is not None:
+        return finished
+    journal = Journal(kept.partial, settings, resume=resume)
     with (
         journal.kept_when_stopped(),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         EvaluationProgress(show=progress) as bar,
     ):
         torch.manual_seed(derive_seed(seed, "evaluate"))
-        survey = Survey(network, dataset.test, count, subject.size, classes=classes, draws=draws, journal=journal)
+        stages = Stages(
+            network, parsed, dataset.test, count, subject.size, classes, draws, seed, precision, journal, bar
+        )
+        survey = stages.survey()
         if other is not None:
             diagnosis.require_fitting(other, survey.images(torch.tensor([0])), classes)
-        attacks = parse_protocol(attack, parsed, classes=classes, random=survey.random)
-        if survey.random:
-            warnings.warn(
-                f"{subject.name} draws at random: every gradient and verdict is over {draws} draws, by "
-                f"{' and '.join(attacks)}, and accuracy is counted by four rules",
-                stacklevel=2,
-            )
-        survey.judge.heartbeat = bar.beat
-        search = SearchModel(network, precision=precision, draws=survey.judge.draws)
-        search.heartbeat = bar.beat
-        radius = parsed.radius if isinstance(parsed, LpBall) else math.inf
-        _meet_attacks(survey, attacks, search, radius, classes, seed, bar)
-        measured = parsed if curve and isinstance(parsed, LpBall) and not survey.random else None
-        if measured is not None:
-            _meet_radii(survey, measured, search, classes, seed, bar)
-        randomised = None
-        if survey.random:
-            clean_counts, robust_counts = randomness.count(survey, network, parsed, draws, derive_seed(seed, "fixed"))
-            randomised = Randomised(draws=draws, clean=clean_counts, robust=robust_counts)
-        checks = _checks(survey, network, parsed, other, seed, bar) if diagnose else ()
+        found = _attacked(stages, survey, attack, subject.name, curve=curve, convergence=convergence)
+        checks = stages.check(survey, other) if diagnose else ()
         rows = survey.rows(measured=isinstance(parsed, LpBall))
-    clean = Accuracy.of(int(survey.right.sum()), count)
-    robust = Accuracy.of(int(survey.stands.sum()), count)
-    if randomised is not None:
-        clean, robust = randomised.clean.mean, randomised.robust.mean
-    standing, after = int(survey.right.sum()), {}
-    for title in [*attacks, *([CURVE] if measured is not None else [])]:
-        standing -= sum(row.verdict == "falsified" and row.by == title for row in rows)
-        after[title] = standing / count
-    entries, pictures = _gallery(rows, survey)
+        entries, pictures = gallery(rows, survey)
+        if pictures:
+            pictures |= on_the_way(network, pictures["adversarials"], generator(seed, "gallery"))
+        images = adversarial_images(survey, parsed) if save_images else None
     result = Evaluation(
         redan_version=__version__,
         run=subject.name,
-        checkpoint=checkpoint if subject.folder is not None else "-",
+        checkpoint=settings["checkpoint"],
         dataset=name,
         class_names=dataset.class_names,
         threat=str(parsed),
@@ -194,107 +172,81 @@ def evaluate(
         precision=precision,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         samples=count,
-        clean=clean,
-        robust=robust,
-        clean_accuracy=clean.value,
-        robust_accuracy=robust.value,
-        attacks=after,
+        clean=found.clean,
+        robust=found.robust,
+        clean_accuracy=found.clean.value,
+        robust_accuracy=found.robust.value,
+        attacks=_standing_after(found.attacks, rows),
         seconds=round(time.perf_counter() - started + survey.earlier_seconds, 3),
         model_calls=sum(row.model_calls for row in rows),
-        randomised=randomised,
+        randomised=found.randomised,
         diagnostics=checks,
-        curve=() if measured is None else _curve(measured, clean, survey.least),
+        curve=found.curve,
+        convergence=found.convergence,
+        account=found.account,
+        fingerprint=kept.fingerprint,
         gallery=entries,
         per_image=tuple(rows),
     )
-    if folder is not None:
-        # The JSON file goes first and comes last: it never stands beside pictures of another evaluation.
-        for suffix in (".json", ".safetensors", ".images.safetensors"):
-            (folder / f"{stem}{suffix}").unlink(missing_ok=True)
-        if pictures:
-            save_tensors(folder / f"{stem}.safetensors", pictures)
-        if save_images:
-            save_tensors(folder / f"{stem}.images.safetensors", adversarial_images(survey, parsed))
-        result.save(folder / f"{stem}.json")
-        journal.close()
+    kept.keep(result, pictures, images)
+    journal.close()
     return result
 
 
-def _meet_attacks(
-    survey: Survey,
-    attacks: dict[str, Attack],
-    search: SearchModel,
-    radius: float,
-    classes: int,
-    seed: int,
-    bar: EvaluationProgress,
-) -> None:
-    """Let those that stand meet one attack after another.
+class _Found(NamedTuple):
+    """What the attacks left: fields of ``Evaluation``, and the names of what images may have fallen to."""
 
-    The last one searches in float32 unless a precision is asked for: bfloat16 misses a few in a thousand images, and
-    few are left to pay it. Not so Square, which takes thousands of steps and needs no exact slope.
-    """
-    for i, (title, attack) in enumerate(attacks.items()):
-        ahead = sum(later.cost(classes) for later in list(attacks.values())[i:])
-        bar.begin(title, survey.stands, ahead * survey.judge.draws)
-        exact = i == len(attacks) - 1 and search.precision == "auto" and not isinstance(attack, Square)
-        chosen = search.precise if exact else search
-        survey.meet(f"{i}-{title}", title, attack, chosen, survey.stands, (seed, "evaluate", i), radius)
-        bar.end(title, survey.stands)
+    clean: Accuracy
+    robust: Accuracy
+    attacks: tuple[str, ...]
+    randomised: Randomised | None
+    curve: tuple[CurvePoint, ...]
+    convergence: tuple[ConvergencePoint, ...]
+    account: str
 
 
-def _meet_radii(
-    survey: Survey, threat: LpBall, search: SearchModel, classes: int, seed: int, bar: EvaluationProgress
-) -> None:
-    """Let all meet PGD at other radii of the threat, for the curve."""
-    for scale in CURVE_RADII:
-        ball = dataclasses.replace(threat, radius=scale * threat.radius)
-        probe, unbroken = PGD(ball, steps=20, objective=cw_margin), survey.least > ball.radius
-        bar.begin(f"radius x{scale:g}", unbroken, probe.cost(classes))
-        survey.meet(f"x{scale:g}", CURVE, probe, search, unbroken, (seed, "curve", repr(scale)), threat.radius)
-
-
-def _checks(
-    survey: Survey,
-    network: nn.Module,
-    threat: Threat,
-    other: nn.Module | None,
-    seed: int,
-    bar: EvaluationProgress,
-) -> tuple[Check, ...]:
-    """The diagnosis on the first images that are classified correctly; none where none is."""
-    if not survey.right.any():
-        return ()
-
-    def look(who: Tensor) -> tuple[Check, ...]:
-        images, labels = survey.images(who), survey.labels[who]
-        labels = labels.to(images.device)
-        return diagnosis.diagnose(network, images, labels, threat, seed=seed, transfer=other, progress=bar)
-
-    return next(survey.each_batch(survey.right.nonzero().squeeze(1)[: diagnosis.IMAGES], look))
-
-
-def _gallery(rows: list[Row], survey: Survey) -> tuple[tuple[GalleryEntry, ...], dict[str, Tensor]]:
-    """The first images that fell, with their pictures."""
-    fallen = [row for row in rows if row.verdict == "falsified"][:GALLERY]
-    entries = []
-    for row in fallen:
-        assert row.adversarial_prediction is not None and row.adversarial_confidence is not None
-        entries.append(
-            GalleryEntry(
-                index=row.index,
-                label=row.label,
-                prediction=row.prediction,
-                confidence=row.confidence,
-                adversarial_prediction=row.adversarial_prediction,
-                adversarial_confidence=row.adversarial_confidence,
-            )
+def _attacked(stages: Stages, survey: Survey, protocol: str, name: str, *, curve: bool, convergence: bool) -> _Found:
+    """Let the images meet what the protocol says; ``name`` is the network's, for messages."""
+    network, threat, draws = stages.network, stages.threat, survey.judge.draws
+    attacks = parse_protocol(protocol, threat, classes=stages.classes, random=survey.random)
+    steps, seen = purification_steps(protocol), {}
+    if steps is not None:
+        seen = views(network)
+        attacks = {title: attack for title, attack in attacks.items() if title in seen or title not in OBLIVIOUS}
+    if survey.random:
+        warnings.warn(
+            f"{name} draws at random: every gradient and verdict is over {draws} draws, by "
+            f"{' and '.join(attacks)}, and accuracy is counted by four rules",
+            stacklevel=3,
         )
-    if not fallen:
-        return (), {}
-    indices = [row.index for row in fallen]
-    images = survey.images(torch.tensor(indices)).cpu()
-    return tuple(entries), {"images": images, "adversarials": torch.stack([survey.adversarial[k] for k in indices])}
+    after = stages.meet(survey, attacks, seen)
+    ball = threat if isinstance(threat, LpBall) else None
+    titles = tuple(attacks)
+    account = "" if steps is None else describe(titles, seen, steps, draws)
+    if not survey.random:
+        if curve and ball is not None:
+            stages.meet_radii(survey, ball)
+            titles = (*titles, CURVE)
+        clean, robust = (Accuracy.of(int(who.sum()), stages.count) for who in (survey.right, survey.stands))
+        points = _curve(ball, clean, survey.least) if curve and ball is not None else ()
+        return _Found(clean, robust, titles, None, points, (), account)
+    known: Survey | None = None
+    study: tuple[ConvergencePoint, ...] = ()
+    if steps is not None and ball is not None:
+        study = stages.converge(survey, ball, steps) if convergence else ()
+        known = stages.known_draw(survey, network, ball) if isinstance(network, Purified) else None
+    counts = randomness.count(survey, network, threat, draws, derive_seed(stages.seed, "fixed"), known)
+    randomised = Randomised(draws=draws, clean=counts[0], robust=counts[1], after=after)
+    return _Found(randomised.clean.mean, randomised.robust.mean, titles, randomised, (), study, account)
+
+
+def _standing_after(attacks: Iterable[str], rows: list[Row]) -> dict[str, float]:
+    """Share of the images that are right and have not fallen after each attack."""
+    standing, after = sum(row.verdict != "misclassified" for row in rows), {}
+    for title in attacks:
+        standing -= sum(row.verdict == "falsified" and row.by == title for row in rows)
+        after[title] = standing / len(rows)
+    return after
 
 
 def _curve(threat: LpBall, clean: Accuracy, least: Tensor) -> tuple[CurvePoint, ...]:
@@ -305,31 +257,3 @@ def _curve(threat: LpBall, clean: Accuracy, least: Tensor) -> tuple[CurvePoint, 
         CurvePoint(radius=radius, accuracy=Accuracy.of(correct, clean.samples))
         for radius, correct in zip(radii, standing, strict=True)
     )
-
-
-def _stem(settings: dict[str, Any], *, diagnose: bool) -> str:
-    """The name of the files; evaluations that differ in any setting that a user gives have files of their own."""
-    parts = [settings["run"]] if settings["out"] else []
-    parts += [settings[key] for key in ("attack", "threat", "samples", "checkpoint")]
-    usual = {"data": settings["run_data"], "precision": "auto", "draws": DRAWS, "curve": True}
-    usual |= {"input_mean": None, "input_std": None}
-    parts += [f"{key}_{settings[key]}" for key, value in usual.items() if settings[key] != value]
-    stem = "-".join(map(str, parts)) + f"-seed{settings['seed']}" + ("-diagnosed" if diagnose else "")
-    return "".join(c if c.isalnum() or c in "-+." else "_" for c in stem)
-
-
-def _fingerprint(tensors: dict[str, Tensor]) -> str:
-    """A digest of names and contents."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode() + bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
-def _threat(threat: str | Threat | None, subject: Subject) -> Threat:
-    if isinstance(threat, Threat):
-        return threat
-    text = threat or subject.threat
-    if text is None:
-        raise UserError(f"{subject.name} does not say what it withstands; name the threat with --threat linf:8/255")
-    return parse_threat(text)

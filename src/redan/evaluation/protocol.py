@@ -1,8 +1,8 @@
 """Attack protocols by name, as the command line spells them.
 
 A protocol is one attack or several joined by ``+``, each ``NAME[-STEPS][:OBJECTIVE]``: ``pgd-20``, ``apgd:dlr``,
-``fgsm+pgd-50:cw+apgd-t``; or ``autoattack``, ``autoattack-plus``, ``autoattack-rand``. Images meet the attacks in that
-order, each only those that still stand.
+``fgsm+pgd-50:cw+apgd-t``; or ``autoattack``, ``autoattack-plus``, ``autoattack-rand``; or ``purification[-STEPS]``, see
+``redan.evaluation.purification``. Images meet the attacks in that order, each only those that still stand.
 """
 
 import re
@@ -21,6 +21,7 @@ from redan.attacks.rotation import RandomRotation, RotationGrid
 from redan.attacks.square import Square
 from redan.attacks.stadv import StAdv
 from redan.errors import UserError, unknown
+from redan.evaluation.purification import STEPS, purification
 from redan.spatial import Flow, RotationTranslation
 from redan.threats import LpBall, Threat
 
@@ -44,6 +45,7 @@ WITH_OBJECTIVE: dict[str, tuple[Callable[..., Attack], int]] = {
     "apgd": (lambda threat, n, objective: APGD(threat, steps=n, objective=objective), 100),
 }
 ENSEMBLES: dict[str, Version] = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
+_PURIFICATION = re.compile(r"purification(-(?P<steps>\d+))?")
 _PART = re.compile(r"(?P<name>[a-z]+(-[a-z]+)?)(-(?P<steps>\d+))?(:(?P<objective>\w+))?")
 
 
@@ -55,6 +57,12 @@ def default_protocol(threat: Threat) -> str:
         return "rotation-grid"
     # The margin first: where a network's logits are large, cross-entropy runs out of gradient and the margin does not.
     return "pgd-20:cw+apgd"
+
+
+def purification_steps(text: str) -> int | None:
+    """The steps of the protocol ``purification``; None for any other protocol."""
+    match = _PURIFICATION.fullmatch(text)
+    return match and int(match["steps"] or STEPS)
 
 
 def parse_protocol(text: str, threat: Threat, *, classes: int, random: bool = False) -> dict[str, Attack]:
@@ -72,6 +80,9 @@ def parse_protocol(text: str, threat: Threat, *, classes: int, random: bool = Fa
     if text in ENSEMBLES:
         ball = LpBall.require(threat, "AutoAttack")
         return AutoAttack(ball, "rand" if random else ENSEMBLES[text]).parts(classes)
+    steps = purification_steps(text)
+    if steps is not None:
+        return purification(threat, steps, classes, random=random)
     parts = text.split("+")
     attacks = {part: _parse(part, threat, classes) for part in parts}
     if len(attacks) < len(parts):
@@ -84,8 +95,10 @@ def _parse(text: str, threat: Threat, classes: int) -> Attack:
     if match is None:
         raise UserError(f"an attack is written NAME[-STEPS][:OBJECTIVE], such as pgd-20 or apgd:dlr, got {text!r}")
     name, steps, objective = match["name"], match["steps"], match["objective"]
+    if name == "purification" or name in ENSEMBLES:
+        raise UserError(f"{name} is a whole protocol: it stands alone and has no objective to choose")
     if name not in ATTACKS | WITH_OBJECTIVE:
-        raise unknown("attack", name, [*ATTACKS, *WITH_OBJECTIVE, *ENSEMBLES])
+        raise unknown("attack", name, [*ATTACKS, *WITH_OBJECTIVE, *ENSEMBLES, "purification"])
     make, usual = (ATTACKS | WITH_OBJECTIVE)[name]
     if steps and not usual:
         raise UserError(f"{name} has no number of steps to choose, got {text!r}")

@@ -3,6 +3,8 @@
 A figure of such a model means little without the rule it was counted by, so all four are given, clean and attacked.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -35,42 +37,67 @@ class Fixed(nn.Module):
         return logits
 
 
-def count(survey: Survey, network: nn.Module, threat: Threat, draws: int, seed: int) -> tuple[Counts, Counts]:
+def count(
+    survey: Survey, network: nn.Module, threat: Threat, draws: int, seed: int, known: Survey | None = None
+) -> tuple[Counts, Counts]:
     """Clean and attacked accuracy under each rule, the attacked one on the survey's adversarial images.
 
-    New draws judge, not those that chose the adversarial images: these would count luck as weakness. Only for
-    ``fixed`` there is one more attack, PGD on the margin, that knows the one draw; a threat without a norm has none.
+    New draws judge, not those that chose the adversarial images: these would count luck as weakness.
+
+    Args:
+        survey: the images, after the attacks.
+        network: that draws at random.
+        threat: what it was to withstand.
+        draws: passes that are counted.
+        seed: of the draws.
+        known: the images after attacks on one draw of the network that the attacker knows. Without it, all torch
+            randomness is fixed, and PGD on the margin attacks that; a threat without a norm has no such attack.
     """
-    search, fixed = SearchModel(network, draws=1), SearchModel(Fixed(network, seed), precision="float32")
+    judge = SearchModel(network, draws=1)
+
+    def vote(images: Tensor) -> Tensor:
+        return torch.stack([judge.exact_logits(images).argmax(1) for _ in range(draws)]).cpu()
+
+    def votes(part: Tensor) -> tuple[Tensor, Tensor]:
+        """Clean and attacked predictions, int64 ``(draws, n)`` each."""
+        return vote(survey.images(part)), vote(survey.attacked(part))
+
+    torch.manual_seed(seed)
+    everyone = torch.arange(len(survey.labels))
+    clean, attacked = zip(*survey.each_batch(everyone, votes), strict=True)
+    if known is None:
+        fixed = zip(*survey.each_batch(everyone, _fixed(survey, network, threat, seed)), strict=True)
+        stood = tuple(torch.cat(parts) for parts in fixed)
+    else:
+        stood = known.right, known.stands
+    labels = survey.labels
+    return _count(torch.cat(clean, 1), labels, stood[0]), _count(torch.cat(attacked, 1), labels, stood[1])
+
+
+def _fixed(survey: Survey, network: nn.Module, threat: Threat, seed: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Which of a batch are right, clean and attacked, where one draw is fixed and known: bool ``(n,)`` each."""
+    fixed = SearchModel(Fixed(network, seed), precision="float32")
     attack = (
         PGD(threat, steps=FIXED_STEPS, objective=cw_margin, drop_broken=False) if isinstance(threat, LpBall) else None
     )
 
-    def vote(part: Tensor) -> list[Tensor]:
-        """Clean and attacked predictions, int64 ``(draws + 1, n)`` each, the last row with the fixed draw."""
-        images, labels, adversarial = survey.images(part), survey.labels[part].to(search.device), survey.attacked(part)
+    def stand(part: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels, adversarial = survey.images(part), survey.labels[part].to(fixed.device), survey.attacked(part)
         draw = torch.Generator().manual_seed(seed)
         found = attack.run(fixed, images, labels, draw).images if attack is not None else adversarial
-        votes = []
-        for candidates, more in ((images, images), (adversarial, found)):
-            drawn = torch.stack([search.exact_logits(candidates).argmax(1) for _ in range(draws)])
-            one, other = (fixed.exact_logits(tried).argmax(1) for tried in (candidates, more))
-            votes.append(torch.cat([drawn, torch.where(one == labels, other, one)[None]]).cpu())
-        return votes
+        clean, attacked, again = (fixed.exact_logits(x).argmax(1) == labels for x in (images, adversarial, found))
+        return clean.cpu(), (attacked & again).cpu()
 
-    torch.manual_seed(seed)
-    clean, attacked = zip(*survey.each_batch(torch.arange(len(survey.labels)), vote), strict=True)
-    return _count(torch.cat(clean, 1), survey.labels), _count(torch.cat(attacked, 1), survey.labels)
+    return stand
 
 
-def _count(predictions: Tensor, labels: Tensor) -> Counts:
-    """``predictions`` as ``vote`` has them."""
-    drawn, fixed = predictions[:-1], predictions[-1]
-    right = drawn == labels
+def _count(predictions: Tensor, labels: Tensor, fixed: Tensor) -> Counts:
+    """Of predictions, int64 ``(draws, n)``, and who is right where one draw is fixed, bool ``(n,)``."""
+    right = predictions == labels
     n = len(labels)
     return Counts(
         mean=Accuracy.of(round(float(right.float().mean(0).sum())), n),
         worst=Accuracy.of(int(right.all(0).sum()), n),
-        majority=Accuracy.of(int((drawn.mode(0).values == labels).sum()), n),
-        fixed=Accuracy.of(int((fixed == labels).sum()), n),
+        majority=Accuracy.of(int((predictions.mode(0).values == labels).sum()), n),
+        fixed=Accuracy.of(int(fixed.sum()), n),
     )

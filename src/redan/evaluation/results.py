@@ -92,6 +92,14 @@ class CurvePoint(Frozen):
     accuracy: Accuracy
 
 
+class ConvergencePoint(Frozen):
+    """Mean accuracy over new draws after so many steps of PGD whose gradients are means over so many draws."""
+
+    steps: int
+    draws: int
+    accuracy: Accuracy
+
+
 class GalleryEntry(Frozen):
     """One picture of the gallery; tensor row ``i`` of the safetensors file belongs to entry ``i``."""
 
@@ -117,11 +125,17 @@ class Counts(Frozen):
 
 
 class Randomised(Frozen):
-    """What was counted of a model that draws at random, over ``draws`` passes."""
+    """What was counted of a model that draws at random, over ``draws`` passes.
+
+    ``after`` is the mean accuracy after each attack in order, of each image's worst candidate so far; an image without
+    one counts as it is. From the second attack on it is a lower bound: the draws that judge are those that chose, so
+    it falls by luck, too. ``robust`` has new draws.
+    """
 
     draws: int
     clean: Counts
     robust: Counts
+    after: dict[str, float] = {}
 
 
 class Check(Frozen):
@@ -138,7 +152,11 @@ class Check(Frozen):
 
 
 class Evaluation(ResultFile):
-    """The result of ``redan evaluate``: who stood, who fell, to what, and at which price."""
+    """The result of ``redan evaluate``: who stood, who fell, to what, and at which price.
+
+    ``account`` is one line on what was done, where the attack's name does not say it; ``fingerprint`` is a digest of
+    all that the result depends on.
+    """
 
     kind = "an evaluation"
 
@@ -164,5 +182,8 @@ class Evaluation(ResultFile):
     randomised: Randomised | None = None
     diagnostics: tuple[Check, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
+    convergence: tuple[ConvergencePoint, ...] = ()
+    account: str = ""
+    fingerprint: str = ""
     gallery: tuple[GalleryEntry, ...] = ()
     per_image: tuple[Row, ...]

@@ -10,6 +10,7 @@ from torch import nn
 from redan.errors import UserError
 from redan.models.norms import Normalise
 from redan.run import Checkpoint, read_run
+from redan.threats import Threat, parse_threat
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,20 @@ def find_subject(run: str | Path | nn.Module, checkpoint: Checkpoint) -> Subject
     recipe, facts, network = read_run(run, checkpoint)
     size = recipe.data.crop or facts.size
     return Subject(Path(run).resolve().name, network, Path(run), recipe.data.name, size, recipe.threat)
+
+
+def asked_threat(threat: str | Threat | None, subject: Subject) -> Threat:
+    """The threat that is asked for, or else the subject's own.
+
+    Raises:
+        UserError: where there is none, or the text names none.
+    """
+    if isinstance(threat, Threat):
+        return threat
+    text = threat or subject.threat
+    if text is None:
+        raise UserError(f"{subject.name} does not say what it withstands; name the threat with --threat linf:8/255")
+    return parse_threat(text)
 
 
 def _imported(text: str, module: str, function: str) -> nn.Module:

@@ -42,7 +42,7 @@ class Survey:
         judge: the network as given, in float32.
         random: whether it draws at random: two passes of the same batch differ by more than rounding does.
         right: bool ``(count,)``, who is classified correctly as it is; a model that draws, by its mean logits.
-        lost: bool ``(count,)``, who is wrong as it is, in every draw.
+        clean_score: float32 ``(count,)``, share of draws in which each is wrong as it is.
         score: float32 ``(count,)``, share of draws that the known adversarial image fools; 0 without one.
         earlier_seconds: what the work took that the journal held already.
         least: float64 ``(count,)``, distance of the nearest confirmed adversarial image in the threat's norm; 0
@@ -83,7 +83,7 @@ class Survey:
         logits = torch.cat(list(self.each_batch(everyone, lambda part: self._clean_logits(part, classes))), 1)
         self.confidence, self.prediction = logits.mean(0).softmax(1).max(1)
         self.right = self.prediction == self.labels
-        self.lost = (logits.argmax(2) != self.labels).all(0)
+        self.clean_score = (logits.argmax(2) != self.labels).float().mean(0)
         self.score = torch.zeros(count)
         self.earlier_seconds = 0.0
         self.least = torch.where(self.right, math.inf, 0.0).double()
@@ -94,7 +94,7 @@ class Survey:
     @property
     def stands(self) -> Tensor:
         """Who is right, if only in some draws, and has not been broken for certain: bool ``(count,)``."""
-        return ~self.lost & (self.score < 1)
+        return (self.clean_score < 1) & (self.score < 1)
 
     def images(self, indices: Tensor) -> Tensor:
         """Clean images, float32 ``(n, c, h, w)`` in [0, 1], on the network's device."""
@@ -219,7 +219,9 @@ class Survey:
         says: dict[int, tuple[int, float]] = {}
 
         def ask(part: Tensor) -> None:
-            best = self.judge.exact_logits(self.attacked(part)).softmax(1).max(1)
+            images = self.attacked(part)
+            logits = torch.stack([self.judge.exact_logits(images) for _ in range(self.judge.draws)])
+            best = logits.mean(0).softmax(1).max(1)
             says.update(zip(part.tolist(), zip(best.indices.tolist(), best.values.tolist(), strict=True), strict=True))
 
         list(self.each_batch(self.found(), ask))
