@@ -181,7 +181,7 @@ def test_transfer_is_the_attack_on_the_bare_classifier(result: Evaluation, train
 def test_images_meet_all_attacks_and_only_get_worse(result: Evaluation) -> None:
     drawn = result.randomised
     assert drawn is not None
-    parts = ["transfer", "bpda", "pgd:ce", "pgd:cw", "apgd-ce", "apgd-dlr", "square-30"]
+    parts = ["transfer", "bpda", "pgd:ce", "pgd:cw", "apgd-ce", "apgd-dlr", "square-10"]
     assert list(drawn.after) == list(result.attacks) == parts
     assert all(a >= b for a, b in itertools.pairwise(drawn.after.values()))
     assert drawn.after["transfer"] > drawn.after["square-30"]  # the oblivious figure flatters
@@ -318,7 +318,7 @@ class Noisy(nn.Module):
 
 def test_a_network_that_draws_and_purifies_nothing(trained: Path) -> None:
     found = evaluate(Noisy(redan.load(trained)), attack="purification-2", samples=8, draws=2)
-    assert list(found.attacks) == ["pgd:ce", "pgd:cw", "apgd-ce", "apgd-dlr", "square-30"]
+    assert list(found.attacks) == ["pgd:ce", "pgd:cw", "apgd-ce", "apgd-dlr", "square-10"]
     assert "transfer (nothing purifies), bpda (nothing purifies)" in found.account
     assert found.randomised is not None and [(it.steps, it.draws) for it in found.convergence] == [(2, 1)]
 

@@ -3,7 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from redan.attacks.objectives import cross_entropy
-from redan.attacks.search import SearchModel
+from redan.attacks.search import SearchModel, _FoldedParts
 from redan.errors import UserError
 from redan.models.norms import Normalise
+from redan.models.purified import Purified
+from redan.models.purifiers.registry import build_purifier
+from redan.models.random_transforms import RandomTransform
 from redan.models.registry import build_model
 
 NORMALISE = Normalise([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
@@ -498,3 +501,219 @@ def test_the_device_is_the_model_s() -> None:
 def test_unknown_settings_are_said(setting: dict[str, Any], kind: str) -> None:
     with pytest.raises(UserError, match=f"no {kind} .* did you mean"):
         SearchModel(made("plain"), **setting)
+
+
+# A model that draws, in parts that do not.
+
+
+def purified(votes: int = 1, purifier: str = "inpainting") -> Purified:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"width": 8, "halvings": 1, "dilations": 2, "attention": False}
+    if purifier == "masked-autoencoder":
+        options = {"patch": 2, "width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_depth": 1}
+    parts = build_purifier(purifier, channels=3, size=8, **options), NETWORKS["resnet"]()
+    model = Purified(RandomTransform(size=8, sigma=0.1), *parts, votes=votes)
+    lived_in(model)
+    return model
+
+
+def drawn(model: nn.Module, x: Tensor, labels: Tensor, draws: int = 1) -> tuple[Tensor, Tensor]:
+    """The mean logits and gradient of so many passes, by torch's own randomness."""
+    logits, gradients = [], []
+    for _ in range(draws):
+        leaf = x.contiguous(memory_format=torch.channels_last).requires_grad_()  # in whose order randn_like draws
+        logits.append(model(leaf))
+        loss = nn.functional.cross_entropy(logits[-1], labels, reduction="sum")
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+    return torch.stack(logits).mean(0).detach(), torch.stack(gradients).mean(0)
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    """The error as a share of what there is."""
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("purifier", ["inpainting", "masked-autoencoder"])
+@pytest.mark.parametrize("votes", [1, 2])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_the_parts_of_a_model_that_draws_are_folded(purifier: str, votes: int, draws: int) -> None:
+    model, x, labels = purified(votes, purifier), images(), torch.arange(12) % 4
+    search = SearchModel(model, precision="float32", draws=draws)
+    torch.manual_seed(3)
+    logits, _, gradient = search.gradient(x, cross_entropy, labels)
+    assert batch_norms(search) == 0 and sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 20
+    assert isinstance(search._copy, _FoldedParts) and len(search._copy._copies) == 2
+    torch.manual_seed(3)
+    exact, exact_gradient = drawn(model, x, labels, draws)
+    torch.testing.assert_close(logits, exact, rtol=1e-4, atol=1e-4)
+    assert off(gradient, exact_gradient) < 1e-3
+    assert not torch.equal(search.logits(x), search.logits(x))
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_parts_are_in_bfloat16_where_asked(draws: int) -> None:
+    model, x, labels = purified(), images(), torch.arange(12) % 4
+    search = SearchModel(model, precision="bfloat16", draws=draws)
+    torch.manual_seed(3)
+    logits, _, gradient = search.gradient(x, cross_entropy, labels)
+    assert search._copy is not None
+    assert {p.dtype for p in search._copy.module.purifier.parameters()} == {torch.bfloat16}  # type: ignore[union-attr]
+    torch.manual_seed(3)
+    exact, exact_gradient = drawn(model, x, labels, draws)
+    assert logits.dtype == torch.float32 and 1e-4 < (logits - exact).abs().max() / exact.std() < 0.1
+    assert off(gradient, exact_gradient) < 0.2
+
+
+def test_refresh_takes_over_the_weights_and_statistics_of_every_part() -> None:
+    for part in ("purifier", "classifier"):
+        model, x, labels = purified(), images(), torch.arange(12) % 4
+        search = SearchModel(model, precision="float32")
+        torch.manual_seed(3)
+        before = search.logits(x)
+        with torch.no_grad():
+            for parameter in model.get_submodule(part).parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        lived_in(model.get_submodule(part))
+        torch.manual_seed(3)
+        assert torch.equal(search.logits(x), before)  # until it is told
+        search.refresh()
+        torch.manual_seed(3)
+        logits, _, gradient = search.gradient(x, cross_entropy, labels)
+        torch.manual_seed(3)
+        exact, exact_gradient = drawn(model, x, labels)
+        torch.testing.assert_close(logits, exact, rtol=1e-4, atol=1e-4)
+        assert off(gradient, exact_gradient) < 1e-3 and not torch.allclose(logits, before, atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_preparing_a_model_that_draws_leaves_the_random_state_and_the_model(precision: Any) -> None:
+    model, x = purified(), images()
+    model.train()
+    model.classifier.eval().requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    grads = [parameter.requires_grad for parameter in model.parameters()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    children = list(model.modules())
+    search = SearchModel(model, precision=precision)
+    torch.manual_seed(3)
+    search.logits(x)
+    first = torch.get_rng_state()
+    torch.manual_seed(3)
+    search.logits(x)
+    assert torch.equal(torch.get_rng_state(), first)  # the first time it was prepared
+    search.gradient(x, cross_entropy, torch.arange(12) % 4)
+    search.refresh()
+    assert list(model.modules()) == children and [module.training for module in children] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == grads
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_known_draw_is_searched_folded_and_known() -> None:
+    model, x, labels = purified(votes=2).fixed(images(), torch.Generator().manual_seed(1)), images(), torch.arange(12)
+    search = SearchModel(model, precision="float32")
+    logits, _, gradient = search.gradient(x, cross_entropy, labels % 4)
+    assert batch_norms(search) == 0
+    exact, exact_gradient = drawn(model, x, labels % 4)
+    torch.testing.assert_close(logits, exact, rtol=1e-4, atol=1e-4)
+    assert off(gradient, exact_gradient) < 1e-3 and torch.equal(search.logits(x), search.logits(x))
+
+
+class Declared(nn.Module):
+    """Noise at the front, as declared, and a part that claims to draw nothing."""
+
+    deterministic_parts: ClassVar[tuple[str, ...]] = ("part",)
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.part(x + 0.1 * torch.randn_like(x))
+        return out
+
+
+class TorchCoinTossing(Noisy):
+    """Frozen by a trace, and then right by chance every other time."""
+
+    def noise(self, x: Tensor) -> Tensor:
+        return x.flip(3) if torch.rand(()) < 0.5 else x
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize(
+    "kind", [Noisy, NoisyConstant, FaintlyNoisy, TorchCoinTossing, CoinTossing, CoinTossingInNumPy]
+)
+def test_a_part_that_draws_all_the_same_goes_on_drawing(kind: type[Noisy], draws: int) -> None:
+    def seeded(seed: int) -> None:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+
+    def passes(forward: Callable[[Tensor], Tensor], seed: int) -> Tensor:
+        seeded(seed)
+        return torch.stack([forward(images(2)).detach() for _ in range(10)])
+
+    for seed in range(6):
+        seeded(seed)
+        model = Declared(kind()).eval()
+        search = SearchModel(model, precision="float32", draws=draws)
+        search.logits(images(2))
+        exact = passes(lambda x, model=model: drawn(model, x, torch.tensor([0, 1]), draws)[0], seed + 1)  # type: ignore[misc]
+        torch.testing.assert_close(passes(search.logits, seed + 1), exact, rtol=0, atol=1e-6)
+        assert (exact.amax(0) > exact.amin(0)).any()
+
+
+def test_parts_whose_copy_differs_are_searched_as_they_are() -> None:
+    # The trace of the part loses the gradient that it defines by itself.
+    model, x, labels = Declared(StraightThrough()).eval(), images(), torch.arange(12) % 4
+    search = SearchModel(model, precision="float32")
+    torch.manual_seed(3)
+    logits, _, gradient = search.gradient(x, cross_entropy, labels)
+    torch.manual_seed(3)
+    exact, exact_gradient = drawn(model, x, labels)
+    assert torch.equal(logits, exact) and off(gradient, exact_gradient) < 1e-6
+    assert gradient.abs().flatten(1).amax(1).min() > 0
+
+
+@pytest.mark.parametrize("prepared_in", ["train", "eval"])
+def test_a_part_that_cannot_be_traced_stays_in_evaluation_mode(prepared_in: str) -> None:
+    class Two(Declared):
+        deterministic_parts = ("part", "other")
+
+        def __init__(self) -> None:
+            super().__init__(nn.Sequential(nn.BatchNorm2d(3), Halting()))
+            self.other = made("resnet")
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.other(super().forward(x))
+            return out
+
+    model, x = Two(), images()
+    lived_in(model).train(prepared_in == "train")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    search = SearchModel(model, precision="float32")
+    search.logits(x)
+    assert isinstance(search._copy, _FoldedParts) and len(search._copy._copies) == 1
+    model.train()
+    torch.manual_seed(3)
+    logits = search.logits(x)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    torch.manual_seed(3)
+    exact, _ = drawn(model.eval(), x, torch.arange(12) % 4)
+    torch.testing.assert_close(logits, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [purified, Noisy])
+def test_without_a_declaration_a_model_that_draws_is_searched_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, kind: Callable[[], nn.Module]
+) -> None:
+    monkeypatch.delattr(Purified, "deterministic_parts")
+    model, x, labels = kind().eval(), images(), torch.arange(12) % 3
+    for draws in (1, 2):
+        search = SearchModel(model, precision="float32", draws=draws)
+        torch.manual_seed(3)
+        logits, _, gradient = search.gradient(x, cross_entropy, labels)
+        torch.manual_seed(3)
+        exact, exact_gradient = drawn(model, x, labels, draws)
+        assert search._copy is None and torch.equal(logits, exact) and off(gradient, exact_gradient) < 1e-6

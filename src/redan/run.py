@@ -15,7 +15,7 @@ from redan.methods.dpls import DPLS, Measure
 from redan.methods.targets import LabelSmoothing, Targets
 from redan.models.purified import Purified
 from redan.recipes.build import build, positions, training_labels
-from redan.recipes.schema import Recipe, load_recipe
+from redan.recipes.schema import NamedOptions, Recipe, load_recipe
 from redan.tensors import below, load_tensors
 
 Checkpoint = Literal["best", "last"]
@@ -175,15 +175,29 @@ def take_over(method: Method, recipe: Recipe, dataset: Dataset) -> None:
         return
     assert isinstance(method, AToP)
     if (source := recipe.purification.trained_classifier) is not None:
-        network = read_run(source)[2]
+        trained, facts, network = read_run(source)
+        _check_alike("model", trained.model, recipe.model, source)
+        if facts != dataset.facts:
+            raise UserError(
+                f"{source} is a run on {trained.data.name}, whose classes or normalisation are not those of "
+                f"{recipe.data.name}"
+            )
         _fill(method.pipeline.classifier, network.classifier if isinstance(network, Purified) else network, source)
     if (source := recipe.purification.trained_purifier) is not None:
         other, _ = read_method(source, dataset)
-        if not isinstance(other, AToP):
+        described = load_recipe(source).purification
+        if not isinstance(other, AToP) or described is None:
             raise UserError(f"purification.trained_purifier: {source} trained no purifier")
+        _check_alike("purifier", described.purifier, recipe.purification.purifier, source)
         _fill(method.pipeline.purifier, other.pipeline.purifier, source)
         if method.discriminator is not None and other.discriminator is not None:
             _fill(method.discriminator, other.discriminator, source)
+
+
+def _check_alike(kind: str, trained: NamedOptions, asked: NamedOptions, source: str) -> None:
+    """Raise UserError unless a run trained what is asked for: strides and heads, say, leave no trace in weights."""
+    if trained != asked:
+        raise UserError(f"{source} trained {kind} {trained}, and this recipe describes {asked}")
 
 
 def _fill(module: nn.Module, trained: nn.Module, source: str) -> None:

@@ -10,7 +10,7 @@ import copy
 import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -215,18 +215,16 @@ class SearchModel:
             return
 
         def copied(dtype: torch.dtype) -> "_FoldedCopy | _FoldedParts | None":
-            return _FoldedParts(exact, parts, dtype) if parts else _FoldedCopy.of(exact, dtype)
-
-        def comparable(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-            return _on_one_draw(forward) if parts else forward
+            return _FoldedParts.of(exact, parts, dtype) if parts else _FoldedCopy.of(exact, dtype)
 
         folded = copied(torch.float32)
-        if folded is None or not _is_faithful(comparable(folded.module), comparable(exact), sample):
+        if folded is None or not _is_faithful(folded.module, exact, sample, draws=bool(parts)):
             return
         with torch.no_grad():
-            logits = comparable(self.exact_logits)(sample)
+            with _one_draw(sample.device):
+                logits = self.exact_logits(sample)
             reduced = copied(torch.bfloat16) if self._wants_bfloat16(sample.device) else None
-            if reduced is not None and (rounded := _attempt(comparable(reduced.module), sample)) is not None:
+            if reduced is not None and (rounded := _attempt(reduced.module, sample)) is not None:
                 # Where nobody asked for it, bfloat16 must also come close: a model can be too steep for it.
                 folded = reduced if self.precision == "bfloat16" or _agree(rounded, logits, 0.1) else folded
         self._copy = folded
@@ -257,22 +255,32 @@ def _differentiate(
     return logits.detach(), values.detach(), gradient
 
 
-def _is_faithful(traced: Callable[[Tensor], Tensor], original: Callable[[Tensor], Tensor], images: Tensor) -> bool:
+def _is_faithful(
+    traced: Callable[[Tensor], Tensor], original: Callable[[Tensor], Tensor], images: Tensor, *, draws: bool
+) -> bool:
     """Whether a trace gives the original's logits and gradients.
 
     It does not where tracing froze a random draw, or lost a gradient that the model defines by itself
-    (``torch.autograd.Function``, as straight-through estimators have it) for that of the bare forward pass.
+    (``torch.autograd.Function``, as straight-through estimators have it) for that of the bare forward pass. A model
+    that ``draws`` where it was not traced does so from torch alone, and its trace takes as much.
     """
 
     def weighted(logits: Tensor) -> Tensor:
         return (logits.float() * torch.linspace(-1, 1, logits.shape[1], device=logits.device)).sum(1)
 
-    before = _random_state(images.device)
-    exact, _, exact_gradient = _differentiate(original, images, weighted)
-    if _random_state(images.device) != before:
+    def on_one_draw(forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None, list[bytes]]:
+        """Logits, gradient, and the state of all randomness before and after them."""
+        with _one_draw(images.device):
+            before = _random_state(images.device)
+            logits, _, gradient = _differentiate(forward, images, weighted)
+            return logits, gradient, [before, _random_state(images.device)]
+
+    outside = _random_state(images.device)
+    exact, exact_gradient, states = on_one_draw(original)
+    if _random_state(images.device) != outside or not (draws or states[0] == states[1]):
         return False
-    logits, _, gradient = _differentiate(traced, images, weighted)
-    if gradient is None or exact_gradient is None:
+    logits, gradient, theirs = on_one_draw(traced)
+    if gradient is None or exact_gradient is None or theirs != states:
         return False
     error = (gradient - exact_gradient).flatten(1).norm(dim=1)
     return _agree(logits, exact, 1e-3) and bool((error <= 0.05 * exact_gradient.flatten(1).norm(dim=1)).all())
@@ -284,15 +292,12 @@ def _random_state(device: torch.device) -> bytes:
     return pickle.dumps((random.getstate(), np.random.get_state(), [state.numpy() for state in states]))
 
 
-def _on_one_draw(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function with the same torch randomness at each call, and none taken from the caller's."""
-
-    def drawn(images: Tensor) -> Tensor:
-        with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
-            torch.manual_seed(0)
-            return forward(images)
-
-    return drawn
+@contextmanager
+def _one_draw(device: torch.device) -> Iterator[None]:
+    """The same torch randomness inside each such block, and none taken from the caller's."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
 
 
 def _agree(logits: Tensor, exact: Tensor, tolerance: float) -> bool:
@@ -302,9 +307,10 @@ def _agree(logits: Tensor, exact: Tensor, tolerance: float) -> bool:
 
 
 def _attempt(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor | None:
-    """The logits, or None where there are none to be had (a model mixes in tensors of its own that stayed float32)."""
+    """Logits on one draw, or None where there are none (a model mixes in tensors of its own that stayed float32)."""
     try:
-        logits = forward(images)
+        with _one_draw(images.device):
+            logits = forward(images)
     except RuntimeError:
         return None
     return logits
@@ -427,14 +433,22 @@ class _FoldedParts:
     """A model whose named children are folded copies; its own code stays, with all that it draws."""
 
     def __init__(self, original: nn.Module, parts: Sequence[str], dtype: torch.dtype) -> None:
-        self.module = copy.copy(original)
-        self.module._modules = dict(original._modules)
+        # What is not folded stays in evaluation mode, too, whatever becomes of the original's.
+        self.module = _twin(original, training=False, own_buffers=False)
         self._copies = []
         for part in parts:
             folded = _FoldedCopy.of(original.get_submodule(part), dtype)
             if folded is not None:
-                self.module._modules[part] = folded.module
+                setattr(self.module, part, folded.module)
                 self._copies.append(folded)
+
+    @classmethod
+    def of(cls, original: nn.Module, parts: Sequence[str], dtype: torch.dtype) -> "_FoldedParts | None":
+        """The model with folded parts, or None where it cannot be copied."""
+        try:
+            return cls(original, parts, dtype)
+        except UserError:
+            return None
 
     def refresh(self) -> None:
         """Bring every copy up to date."""

@@ -77,6 +77,8 @@ class AToP(NetworkMethod):
         super().__init__(*args, **kwargs)
         if not isinstance(self.network, Purified):
             raise UserError("AToP trains a purifier before a classifier, not a plain network")
+        if self.adversary is not None and self.adversary.mode != "eval":
+            raise UserError("AToP attacks in evaluation mode, in which its classifier stays; set attack.mode to eval")
         self.discriminator = discriminator
         self.config = config
         settings = {} if self.adversary is None else self.adversary.search_settings()

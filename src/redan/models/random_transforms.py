@@ -164,7 +164,7 @@ def build_transform(name: str, *, size: int, **options: Any) -> RandomTransform:
         if option not in known:
             raise unknown(f"option of transform {name}", option, known)
         try:
-            TypeAdapter(known[option].annotation).validate_python(value)
+            TypeAdapter(known[option].annotation).validate_python(value, strict=True)
         except ValidationError as error:
             raise UserError(f"transform {name}: {option}: {error.errors()[0]['msg']}, got {value!r}") from error
     try:

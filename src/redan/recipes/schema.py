@@ -72,6 +72,10 @@ class NamedOptions(Config):
             return {**named, "options": {k: v for k, v in value.items() if k != "name"}}
         return value
 
+    def __str__(self) -> str:
+        options = ", ".join(f"{option} {value}" for option, value in self.options.items())
+        return f"{self.name} with {options}" if options else self.name
+
 
 def _with_options(kind: str, named: NamedOptions, known: dict[str, Any]) -> NamedOptions:
     """With the defaults of all options that are left out. Raises: UserError for one that is not known."""
@@ -89,7 +93,7 @@ class PurificationConfig(AToPConfig):
     purifier and discriminator training goes on with; each makes the phase superfluous that would train it.
     """
 
-    transform: NamedOptions = NamedOptions(name="rt2")
+    transform: NamedOptions = Field(NamedOptions(name="rt2"), validate_default=True)
     purifier: NamedOptions
     discriminator: int | None = Field(64, ge=1)
     votes: int = Field(1, ge=1)
@@ -109,10 +113,14 @@ class PurificationConfig(AToPConfig):
         return _with_options("purifier", named, purifier_options(named.name))
 
     @model_validator(mode="after")
-    def _given_parts_are_not_trained(self) -> "PurificationConfig":
+    def _parts_are_given_or_trained(self) -> "PurificationConfig":
         for key, stage in (("trained_classifier", "classifier_training"), ("trained_purifier", "pretraining")):
             if getattr(self, key) is not None and getattr(self, stage).epochs:
                 raise ValueError(f"{key} is given, so that nothing is left to train before: set {stage}.epochs to 0")
+        if self.trained_classifier is None and not self.classifier_training.epochs:
+            raise ValueError(
+                "the classifier would stay untrained: set classifier_training.epochs or trained_classifier"
+            )
         return self
 
 

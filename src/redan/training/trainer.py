@@ -199,6 +199,7 @@ class _Training:
     def _run_phase(self, phase: Phase, first: int, tensors: dict[str, Tensor]) -> None:
         """Run a phase that begins at epoch ``first`` of the run; ``tensors`` hold its optimiser's state on a resume."""
         self.method.enter(phase)
+        self.method.zero_grad()  # of weights that are frozen now, too, or clipping would count them
         # Anew in each phase: who shares the gradients of several processes must know which weights are frozen.
         self.wrapped = self.fabric.setup_module(self.method)
         if (self.epoch, self.step) == (first, 0):
@@ -341,6 +342,8 @@ class _Training:
             if i % world != rank:
                 continue
             images, labels = _batch(self.held_out, start, self.size, self.fabric.device)
+            # A network that draws does so alike in every epoch, and after a resume.
+            torch.manual_seed(derive_seed(self.recipe.seed, "validation", start, "network"))
             right = ~search.broken(images, labels)
             correct[0] += right.sum()
             images, labels = images[right], labels[right]
