@@ -34,6 +34,7 @@ from redan.models.random_transforms import Draw, build_transform
 from redan.models.registry import build_model
 from redan.recipes.build import build
 from redan.recipes.schema import Recipe, load_recipe
+from redan.run import STATE
 from redan.tensors import load_tensors, save_tensors
 from redan.threats import Linf
 from redan.training import trainer
@@ -611,6 +612,7 @@ def test_what_a_recipe_describes_is_built() -> None:
             changed(classifier_training={"epochs": 0, "optimizer": {"lr": 0.1}}),
             "the classifier would stay untrained: set classifier_training.epochs or trained_classifier",
         ),
+        (changed(cross_entropy_from=50), "cross_entropy_from must come before the end of epochs"),
         (
             {"attack": {"mode": "train"}},
             "AToP attacks in evaluation mode, in which its classifier stays; set attack.mo",
@@ -860,6 +862,12 @@ def test_parts_that_do_not_fit_are_said(tmp_path: Path, whole: Path) -> None:
     given = {"pretraining": {"epochs": 0, "optimizer": ADAM}}
     message = refused(tmp_path, changed(trained_purifier=str(trained), **given))
     assert message == f"purification.trained_purifier: {trained} trained no purifier"
+    early = tmp_path / "early"
+    shutil.copytree(whole, early)
+    state, place = load_tensors(early / STATE)
+    save_tensors(early / STATE, state, place | {"epoch": 0})
+    message = refused(tmp_path, changed(trained_purifier=str(early), **given))
+    assert message == f"purification.trained_purifier: {early} has not come to train its purifier yet"
     wider = {"name": "inpainting", **INPAINTING, "width": 8}
     message = refused(tmp_path, changed(trained_purifier=str(whole), purifier=wider, **given))
     options = "width {}, halvings 1, dilations 1, attention False"
@@ -949,3 +957,9 @@ def test_analyse_looks_inside_a_run_of_it(tmp_path: Path, whole: Path) -> None:
     found = redan.analyse(tmp_path / "run", samples=20, batches=1, progress=False)
     assert found.method == "atop" and found.conflicts == {} and set(found.branches) == {"shared"}
     assert (tmp_path / "run" / "analysis.json").exists()
+    torch.manual_seed(5)  # whatever torch's own generator is at, and however many draws vote
+    recipe = yaml.safe_load((whole / "recipe.yaml").read_text())
+    recipe["purification"]["votes"] = 3
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    again = redan.analyse(tmp_path / "run", samples=20, batches=1, progress=False)
+    assert again.branches == found.branches

@@ -146,12 +146,15 @@ def test_the_demo_makes_a_report(tmp_path: Path) -> None:
     document = json.loads(done.stdout)
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "Inside the networks" in page and "Hard examples" in page
-    standard, *trained = document["evaluations"]
+    standard, *trained, purified = document["evaluations"]
     assert [run["run"] for run in trained] == ["pgd-at-digits", "trades-digits", "dpls-digits", "arat-digits"]
     # What the demo shows: adversarial training pays, far beyond the intervals, at hardly a cost in clean accuracy.
     for robust in trained:
         assert robust["robust"]["low"] > standard["robust"]["high"] + 0.3
         assert robust["clean_accuracy"] > 0.9
+    assert purified["run"] == "atop-digits" and "purified" in page
+    assert purified["robust"]["low"] > standard["robust"]["high"] + 0.2
+    assert purified["randomised"]["robust"]["worst"]["value"] < purified["robust_accuracy"]
     again = redan("demo", "--out", tmp_path / "demo")
     assert again.exit_code == 2
     assert "not an empty folder" in again.stderr

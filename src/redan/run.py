@@ -188,6 +188,8 @@ def take_over(method: Method, recipe: Recipe, dataset: Dataset) -> None:
         described = load_recipe(source).purification
         if not isinstance(other, AToP) or described is None:
             raise UserError(f"purification.trained_purifier: {source} trained no purifier")
+        if not other.has_begun_purifier:
+            raise UserError(f"purification.trained_purifier: {source} has not come to train its purifier yet")
         _check_alike("purifier", described.purifier, recipe.purification.purifier, source)
         _fill(method.pipeline.purifier, other.pipeline.purifier, source)
         if method.discriminator is not None and other.discriminator is not None:

@@ -26,6 +26,7 @@ from redan.methods.arat import ARAT, cosine_distance
 from redan.methods.base import Method, Wrapper
 from redan.methods.conflict import Conflict, conflict
 from redan.methods.weight_averaging import WeightAveraging
+from redan.models.purified import FixedDraw, Purified
 from redan.models.split_norm import SplitBatchNorm2d
 from redan.models.taps import HeadTap
 from redan.recipes.build import image_size, split
@@ -88,6 +89,7 @@ def analyse(
         parts = list(_parts(test, size, device))
         branches = {}
         for name, network in _branches(method).items():
+            network = _at_one_draw(network, parts[0][0], seed)
             branches[name] = _branch(network, attack, bar.track(parts, description=f"BatchNorm {name}"), seed)
         core = _unwrapped(method, ships=True)
         gaps = _norm_gaps(core.trained())
@@ -153,6 +155,13 @@ def _branches(method: Method) -> dict[str, nn.Module]:
     if isinstance(core, ARAT) and core.split_bn:
         return {"adversarial": core.branch("adversarial"), "clean": core.branch("clean")}
     return {"shared": method.deployed()}
+
+
+def _at_one_draw(network: nn.Module, images: Tensor, seed: int) -> nn.Module:
+    """A network that purifies with one draw of its transform, the same for all images; any other as it is."""
+    if not isinstance(network, Purified):
+        return network
+    return FixedDraw(network, [network.transform.sample(images[:1], generator(seed, "analyse", "draw"))])
 
 
 @torch.no_grad()

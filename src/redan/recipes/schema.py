@@ -206,6 +206,8 @@ class Recipe(Config):
         if self.dpls is not None:
             check_dpls(self.dpls, self.method.name)
             total = self.epochs + int(self.method.options.get("clean_epochs", 0))
+            if self.purification is not None:
+                total += self.purification.classifier_training.epochs + self.purification.pretraining.epochs
             if not self.dpls.sources and (self.dpls.warmup if self.dpls.scale else self.dpls.first) >= total:
                 key = "warmup" if self.dpls.scale else "first"
                 raise ValueError(f"dpls.{key} must come before the end of the {total} epochs, or nothing comes of it")
@@ -216,6 +218,8 @@ class Recipe(Config):
         check_purification(self.method.name, self.purification is not None)
         if self.purification is not None and (self.weight_perturbation or self.weight_averaging):
             raise ValueError("a purifier is trained without weight_perturbation and weight_averaging; leave them out")
+        if self.purification is not None and self.purification.cross_entropy_from >= self.epochs:
+            raise ValueError("purification.cross_entropy_from must come before the end of epochs; weight: 0 is without")
         return self
 
     def parsed_threat(self) -> LpBall:
