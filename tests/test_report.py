@@ -250,12 +250,8 @@ def test_waterfall_says_what_the_rows_say(run: Path) -> None:
 def test_model_that_draws_at_random_is_counted_by_every_rule(run: Path) -> None:
     assert "draw at random" not in report(run).text
     counted = at_random()
-    # Some draws get the adversarial image of "apgd-ce" wrong, which is no fall.
-    faces = rows(
-        ("misclassified", None, [16] * 20), ("unknown", "apgd-ce", [500] * 50), ("falsified", "square", [9] * 30)
-    )
     means = {"clean": counted.clean.mean, "robust": counted.robust.mean}
-    add_result(run, evaluation(randomised=counted, per_image=faces, curve=(), **means), "z")
+    add_result(run, evaluation(randomised=counted, curve=(), **means), "z")
     page = report(run)
     table = [["Rule", "Clean", "Robust"]]
     table += [["Mean", "78.00 % 68.6 – 85.7", "50.00 % 39.8 – 60.2"]]
@@ -266,13 +262,8 @@ def test_model_that_draws_at_random_is_counted_by_every_rule(run: Path) -> None:
     assert page.rows[start : start + 5] == table
     assert f"{NAME}, z, 16 draws" in page.text
     assert page.rows[2][1:3] == table[1][1:]
-    # The waterfall starts at those whom an attack was needed for, and not at the mean of the draws.
-    assert [[row[i] for i in (0, 2, 3, 5)] for row in page.rows[start - 4 : start]] == [
-        ["no attack", "20", "80 of 100", "16.0"],
-        ["apgd-ce", "0", "80 of 100", "–"],
-        ["square", "30", "50 of 100", "9.0"],
-        ["every attack", "–", "50 of 100", "500.0"],
-    ]
+    # Attack by attack, few images fall in all draws: beside the mean, such a table would only mislead.
+    assert sum(row[0] == "no attack" for row in page.rows if row) == 1
     assert page.text.count("--draws 16\n") == page.text.count("--draws") == 1
 
 
@@ -359,8 +350,8 @@ def test_result_of_an_older_redan_is_read(run: Path) -> None:
 
 def test_page_is_self_contained_and_names_stay_text(run: Path) -> None:
     checks = tuple(Check(name=HOSTILE, passed=passed, figure=CLASSES[1]) for passed in (True, False, None))
-    attacks = {HOSTILE: 0.45}
-    add_result(run, evaluation(diagnostics=checks, attacks=attacks, randomised=at_random(), curve=()), "<i>")
+    drawn = at_random().model_copy(update={"after": {HOSTILE: 0.45}})
+    add_result(run, evaluation(diagnostics=checks, randomised=drawn, curve=()), "<i>")
     page = report(run)
     tags = [tag for tag, _ in page.elements]
     assert "script" not in tags and "i" not in tags

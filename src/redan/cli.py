@@ -525,12 +525,11 @@ def _print_results(results: list[Any]) -> None:
     _print_table(("run", "threat", "images", "clean [95 %]", "robust [95 %]"), rows)
     for result in results:
         steps = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result.attacks.items())
-        drawn = result.randomised
-        who = "after each attack" if drawn is None else f"not yet wrong in all {drawn.draws} draws after each attack"
-        console.print(f"\n{result.run} within {result.threat}, {who}: {steps}", soft_wrap=True, markup=False)
+        told = "by each rule of counting" if result.randomised else f"after each attack: {steps}"
+        console.print(f"{result.run} within {result.threat}, {told}", soft_wrap=True, markup=False)
         if result.account:
             console.print(result.account, soft_wrap=True, markup=False)
-        if drawn is not None:
+        if result.randomised is not None:
             _print_randomised(result)
 
 
