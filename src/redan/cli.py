@@ -548,8 +548,7 @@ def _print_randomised(result: Any) -> None:
     _print_table(("rule of counting", "clean [95 %]", "robust [95 %]"), counts)
     samples = result.samples
     after = [[name, str(Accuracy.of(round(value * samples), samples))] for name, value in drawn.after.items()]
-    after.append(["all, by new draws", str(drawn.robust.mean)])
-    _print_table(("worst candidates after", "mean of the draws that chose them [95 %]"), after)
+    _print_table(("worst candidates after", "mean of new draws [95 %]"), after)
     if result.convergence:
         points = [[str(it.steps), str(it.draws), str(it.accuracy)] for it in result.convergence]
         images = result.convergence[0].accuracy.samples

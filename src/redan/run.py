@@ -184,11 +184,11 @@ def take_over(method: Method, recipe: Recipe, dataset: Dataset) -> None:
             )
         _fill(method.pipeline.classifier, network.classifier if isinstance(network, Purified) else network, source)
     if (source := recipe.purification.trained_purifier) is not None:
-        other, _ = read_method(source, dataset)
+        other, done = read_method(source, dataset)
         described = load_recipe(source).purification
         if not isinstance(other, AToP) or described is None:
             raise UserError(f"purification.trained_purifier: {source} trained no purifier")
-        if not other.has_begun_purifier:
+        if done <= described.classifier_training.epochs and described.trained_purifier is None:
             raise UserError(f"purification.trained_purifier: {source} has not come to train its purifier yet")
         _check_alike("purifier", described.purifier, recipe.purification.purifier, source)
         _fill(method.pipeline.purifier, other.pipeline.purifier, source)

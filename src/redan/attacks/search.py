@@ -228,7 +228,7 @@ class SearchModel:
                 # Where nobody asked for it, bfloat16 must also come close: a model can be too steep for it.
                 folded = reduced if self.precision == "bfloat16" or _agree(rounded, logits, 0.1) else folded
         self._copy = folded
-        self._forward = torch.compile(folded.module) if self._compile else folded.module
+        self._forward = folded.compiled() if self._compile else folded.module
 
 
 def _no_tf32(device: torch.device) -> AbstractContextManager[None]:
@@ -390,6 +390,10 @@ class _FoldedCopy:
         except Exception:
             return None
 
+    def compiled(self) -> Any:
+        """The copy, compiled."""
+        return torch.compile(self.module)
+
     def _cast_after_normalisation(self, graph: fx.Graph, dtype: torch.dtype) -> None:
         """Pixels keep float32 until they are normalised: bfloat16 is coarser than a grey level near 1."""
         for node in [node for node in graph.nodes if node.op == "placeholder"]:
@@ -435,12 +439,12 @@ class _FoldedParts:
     def __init__(self, original: nn.Module, parts: Sequence[str], dtype: torch.dtype) -> None:
         # What is not folded stays in evaluation mode, too, whatever becomes of the original's.
         self.module = _twin(original, training=False, own_buffers=False)
-        self._copies = []
+        self._copies: dict[str, _FoldedCopy] = {}
         for part in parts:
             folded = _FoldedCopy.of(original.get_submodule(part), dtype)
             if folded is not None:
                 setattr(self.module, part, folded.module)
-                self._copies.append(folded)
+                self._copies[part] = folded
 
     @classmethod
     def of(cls, original: nn.Module, parts: Sequence[str], dtype: torch.dtype) -> "_FoldedParts | None":
@@ -450,9 +454,15 @@ class _FoldedParts:
         except UserError:
             return None
 
+    def compiled(self) -> nn.Module:
+        """The model with its folded parts compiled; what draws stays as it is: compiled draws are other ones."""
+        for part, folded in self._copies.items():
+            setattr(self.module, part, torch.compile(folded.module))
+        return self.module
+
     def refresh(self) -> None:
         """Bring every copy up to date."""
-        for folded in self._copies:
+        for folded in self._copies.values():
             folded.refresh()
 
 

@@ -234,7 +234,7 @@ def _attacked(stages: Stages, survey: Survey, protocol: str, name: str, *, curve
     study: tuple[ConvergencePoint, ...] = ()
     if steps is not None and ball is not None:
         study = stages.converge(survey, ball, steps) if convergence else ()
-        known = stages.known_draw(survey, network, ball) if isinstance(network, Purified) else None
+        known = stages.known_draw(survey, network, ball, steps) if isinstance(network, Purified) else None
     counts = randomness.count(survey, network, threat, draws, derive_seed(stages.seed, "fixed"), known)
     randomised = Randomised(draws=draws, clean=counts[0], robust=counts[1], after=after)
     return _Found(randomised.clean.mean, randomised.robust.mean, titles, randomised, (), study, account)

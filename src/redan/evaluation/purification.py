@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from redan.attacks.apgd import APGD
+from redan.attacks.apgd import APGD, TargetedAPGD
 from redan.attacks.autoattack import AutoAttack
 from redan.attacks.base import Attack
+from redan.attacks.fab import FAB
 from redan.attacks.objectives import cw_margin
 from redan.attacks.pgd import PGD
 from redan.attacks.search import SearchModel
@@ -69,11 +70,21 @@ def purification(threat: Threat, steps: int, classes: int, *, random: bool) -> d
     }
     if not random:
         return parts | AutoAttack(threat).parts(classes)
-    for name, apgd in AutoAttack(threat, "rand").parts(classes).items():
-        assert isinstance(apgd, APGD)
-        parts[name] = replace(apgd, steps=min(steps, apgd.steps))
     queries = min(QUERIES_A_STEP * steps, QUERIES)
-    return parts | {f"square-{queries}": Square(threat, queries=queries)}
+    square = {f"square-{queries}": Square(threat, queries=queries)}
+    return parts | shortened(AutoAttack(threat, "rand").parts(classes), steps) | square
+
+
+def shortened(attacks: dict[str, Attack], steps: int) -> dict[str, Attack]:
+    """The parts of AutoAttack with at most so many steps each, Square's queries in proportion to 200."""
+    short: dict[str, Attack] = {}
+    for name, attack in attacks.items():
+        if isinstance(attack, Square):
+            short[name] = replace(attack, queries=max(1, min(attack.queries, attack.queries * steps // STEPS)))
+        else:
+            assert isinstance(attack, APGD | TargetedAPGD | FAB)
+            short[name] = replace(attack, steps=min(attack.steps, steps))
+    return short
 
 
 def exact_pgd(threat: LpBall, steps: int) -> PGD:

@@ -128,8 +128,7 @@ class Randomised(Frozen):
     """What was counted of a model that draws at random, over ``draws`` passes.
 
     ``after`` is the mean accuracy after each attack in order, of each image's worst candidate so far; an image without
-    one counts as it is. From the second attack on it is a lower bound: the draws that judge are those that chose, so
-    it falls by luck, too. ``robust`` has new draws.
+    one counts as it is. Draws of its own judge each candidate, not those that chose it.
     """
 
     draws: int

@@ -37,8 +37,8 @@ def evaluate_within(
         attack: likewise.
         checkpoint: likewise.
         diagnose: likewise.
-        resume: go on where an earlier such evaluation was stopped: finished results of the same settings are taken as
-            they are. Of one threat only an unfinished one is gone on with.
+        resume: of one threat, go on where an earlier evaluation was stopped. Several go on in any case, and take
+            finished results of the same settings as they are: the natural second try must not repeat hours of work.
         options: of ``evaluate``.
 
     Raises:
@@ -63,7 +63,7 @@ def evaluate_within(
             checkpoint=checkpoint,
             diagnose=diagnose,
             convergence=alone or threat == own,
-            resume=None if resume and not alone else resume,
+            resume=resume if alone else None,
             **options,
         )
         for threat in asked

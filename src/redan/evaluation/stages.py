@@ -17,7 +17,7 @@ from redan.data.types import ImageSet
 from redan.evaluation import diagnose as diagnosis
 from redan.evaluation.journal import Journal
 from redan.evaluation.progress import EvaluationProgress
-from redan.evaluation.purification import Oblivious, exact_pgd
+from redan.evaluation.purification import Oblivious, exact_pgd, shortened
 from redan.evaluation.results import Accuracy, Check, ConvergencePoint
 from redan.evaluation.survey import Survey
 from redan.models.purified import Purified
@@ -89,8 +89,8 @@ class Stages:
     ) -> dict[str, float]:
         """Let those that stand meet one attack after another.
 
-        The last one searches in float32 unless a precision is asked for: bfloat16 misses a few in a thousand images,
-        and few are left to pay it. Not so Square, which takes thousands of steps and needs no exact slope.
+        The last one that is not Square searches in float32 unless a precision is asked for: bfloat16 misses a few in a
+        thousand images, and few are left to pay it. Square takes thousands of steps and needs no exact slope.
 
         Args:
             survey: the images.
@@ -104,18 +104,18 @@ class Stages:
         whole = self.search(survey.judge.draws)
         searches = {title: whole for title in attacks} | self._of_views(views, survey.judge.draws)
         radius = self.threat.radius if isinstance(self.threat, LpBall) else math.inf
+        last = next((title for title in reversed(list(attacks)) if not isinstance(attacks[title], Square)), None)
         ahead = [attack.cost(self.classes) * searches[title].draws for title, attack in attacks.items()]
-        worst, after = torch.zeros(self.count), {}
+        after = {}
         for i, (title, attack) in enumerate(attacks.items()):
             search = searches[title]
             self.bar.begin(prefix + title, survey.stands, sum(ahead[i:]))
-            if i == len(attacks) - 1 and search.precision == "auto" and not isinstance(attack, Square):
+            if title == last and search.precision == "auto":
                 search = search.precise
             seed = (self.seed, "evaluate", i)
             survey.meet(f"{prefix}{i}-{title}", title, attack, search, survey.stands, seed, radius)
             self.bar.end(prefix + title, survey.stands)
-            worst = torch.maximum(worst, survey.score.where(survey.score > 0, survey.clean_score))
-            after[title] = 1 - float(worst.double().mean())
+            after[title] = 1 - float(survey.told.double().mean())
         return after
 
     def _of_views(self, views: Mapping[str, nn.Module], draws: int) -> dict[str, SearchModel]:
@@ -138,15 +138,16 @@ class Stages:
             self.bar.begin(f"radius x{scale:g}", unbroken, probe.cost(self.classes))
             survey.meet(f"x{scale:g}", CURVE, probe, search, unbroken, (self.seed, "curve", repr(scale)), threat.radius)
 
-    def known_draw(self, survey: Survey, network: Purified, threat: LpBall) -> Survey:
+    def known_draw(self, survey: Survey, network: Purified, threat: LpBall, steps: int) -> Survey:
         """What becomes of the images where the attacker knows the one draw, the same for all of them.
 
-        They meet AutoAttack on exactly that network, which draws nothing and so can be searched without any average.
+        They meet AutoAttack on exactly that network, which draws nothing and so can be searched without any average;
+        fewer steps of the protocol than its own shorten it.
         """
         fixed = network.fixed(survey.images(torch.tensor([0])), generator(self.seed, "fixed"))
         alone = replace(self, network=fixed)
         known = alone.survey()
-        alone.meet(known, AutoAttack(threat).parts(self.classes), {}, "fixed-")
+        alone.meet(known, shortened(AutoAttack(threat).parts(self.classes), steps), {}, "fixed-")
         return known
 
     def converge(self, survey: Survey, threat: LpBall, steps: int) -> tuple[ConvergencePoint, ...]:

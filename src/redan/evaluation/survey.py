@@ -44,6 +44,8 @@ class Survey:
         right: bool ``(count,)``, who is classified correctly as it is; a model that draws, by its mean logits.
         clean_score: float32 ``(count,)``, share of draws in which each is wrong as it is.
         score: float32 ``(count,)``, share of draws that the known adversarial image fools; 0 without one.
+        told: float32 ``(count,)``, share of new draws that get each wrong as the worst known image has it: draws that
+            chose it would count luck as weakness. Without an adversarial image the ``clean_score``.
         earlier_seconds: what the work took that the journal held already.
         least: float64 ``(count,)``, distance of the nearest confirmed adversarial image in the threat's norm; 0
             for those not right, and for broken images where the threat has no norm.
@@ -85,6 +87,7 @@ class Survey:
         self.right = self.prediction == self.labels
         self.clean_score = (logits.argmax(2) != self.labels).float().mean(0)
         self.score = torch.zeros(count)
+        self.told = self.clean_score.clone()
         self.earlier_seconds = 0.0
         self.least = torch.where(self.right, math.inf, 0.0).double()
         self.by: list[str | None] = [None] * count
@@ -181,11 +184,15 @@ class Survey:
         # Whatever the attack says: the original judges, in float32 and inside the exact threat.
         score = self.judge.score(outcome.images, labels) * attack.threat.contains(outcome.images, images)
         hurt = score > 0
+        told = score[hurt]
+        if self.random and hurt.any():
+            told = self.judge.score(outcome.images[hurt], labels[hurt])
         return {
             "met": met,
             "calls": outcome.calls.cpu() + self.judge.draws,
             "hurt": met[hurt.cpu()],
             "score": score[hurt].cpu(),
+            "told": told.cpu(),
             "images": outcome.images[hurt].cpu(),
             "distance": _distance(attack.threat, outcome.images, images)[hurt].cpu(),
             "seconds": torch.tensor(time.perf_counter() - started),
@@ -196,9 +203,11 @@ class Survey:
         hurt, score, distance = piece["hurt"], piece["score"], piece["distance"]
         broken = score == 1
         self.least[hurt[broken]] = torch.minimum(self.least[hurt[broken]], distance[broken])
-        for k in ((score > self.score[hurt]) & (distance <= radius)).nonzero().squeeze(1).tolist():
+        # The clean image lies in every threat: a candidate that fools fewer draws than it is none.
+        worse = score > torch.maximum(self.score, self.clean_score)[hurt]
+        for k in (worse & (distance <= radius)).nonzero().squeeze(1).tolist():
             index = int(hurt[k])
-            self.score[index] = score[k]
+            self.score[index], self.told[index] = score[k], piece["told"][k]
             self.by[index] = title
             self.adversarial[index] = piece["images"][k]
 

@@ -92,11 +92,6 @@ class AToP(NetworkMethod):
         assert isinstance(self.network, Purified)
         return self.network
 
-    @property
-    def has_begun_purifier(self) -> bool:
-        """Whether training has come to g."""
-        return self._phase != CLASSIFIER
-
     def phases(self, planned: Phase) -> list[Phase]:
         """Training of the classifier and of the purifier, each unless it has no epochs; finetuning as planned."""
         stages = ((CLASSIFIER, self.config.classifier_training), (PURIFIER, self.config.pretraining))
