@@ -140,6 +140,7 @@ def test_a_run_without_weights_is_named(run: Path, tmp_path: Path) -> None:
     assert "damaged" in done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:atop-digits draws at random:UserWarning")
 def test_the_demo_makes_a_report(tmp_path: Path) -> None:
     done = redan("demo", "--out", tmp_path / "demo", "--json")
     assert done.exit_code == 0, done.stderr
