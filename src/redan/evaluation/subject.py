@@ -1,6 +1,5 @@
 """What is evaluated: a run folder, a function that returns a network, or a network."""
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from torch import nn
 
 from redan.errors import UserError
 from redan.models.norms import Normalise
+from redan.models.options import imported
 from redan.run import Checkpoint, read_run
 from redan.threats import Threat, parse_threat
 
@@ -34,9 +34,8 @@ def find_subject(run: str | Path | nn.Module, checkpoint: Checkpoint) -> Subject
     if isinstance(run, nn.Module):
         return Subject(type(run).__name__, run, None, None, None, None)
     text = str(run)
-    module, separator, function = text.partition(":")
-    if separator and not Path(text).exists():
-        return Subject(text, _imported(text, module, function), None, None, None, None)
+    if ":" in text and not Path(text).exists():
+        return Subject(text, imported("network", text).eval(), None, None, None, None)
     recipe, facts, network = read_run(run, checkpoint)
     size = recipe.data.crop or facts.size
     return Subject(Path(run).resolve().name, network, Path(run), recipe.data.name, size, recipe.threat)
@@ -54,16 +53,6 @@ def asked_threat(threat: str | Threat | None, subject: Subject) -> Threat:
     if text is None:
         raise UserError(f"{subject.name} does not say what it withstands; name the threat with --threat linf:8/255")
     return parse_threat(text)
-
-
-def _imported(text: str, module: str, function: str) -> nn.Module:
-    try:
-        network = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise UserError(f"cannot get a network from {text}: {error}") from error
-    if not isinstance(network, nn.Module):
-        raise UserError(f"{text} returns {type(network).__name__}, not a torch module")
-    return network.eval()
 
 
 def normalised(network: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Generator, Tensor, nn
 
 from redan.errors import UserError, unknown
+from redan.models.options import check_options, defaults, settable
 from redan.seeds import generator as seeded
 from redan.threats import standard_normal, uniform
 
@@ -133,19 +133,17 @@ TRANSFORMS: dict[str, Callable[..., RandomTransform]] = {
     "rt2": RandomTransform,
     "rt3": partial(RandomTransform, cover=True),
 }
-_DECIDED = {"size", "cover"}
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
     if name not in TRANSFORMS:
         raise unknown("transform", name, TRANSFORMS)
-    parameters = inspect.signature(TRANSFORMS[name]).parameters.values()
-    return {parameter.name: parameter for parameter in parameters if parameter.name not in _DECIDED}
+    return settable(TRANSFORMS[name], {"size", "cover"})
 
 
 def transform_options(name: str) -> dict[str, Any]:
     """The options of a transform with their defaults. Raises: UserError for an unknown name."""
-    return {option: parameter.default for option, parameter in _parameters(name).items()}
+    return defaults(_parameters(name))
 
 
 def build_transform(name: str, *, size: int, **options: Any) -> RandomTransform:
@@ -159,14 +157,7 @@ def build_transform(name: str, *, size: int, **options: Any) -> RandomTransform:
     Raises:
         UserError: for an unknown name or option, or an option out of range.
     """
-    known = _parameters(name)
-    for option, value in options.items():
-        if option not in known:
-            raise unknown(f"option of transform {name}", option, known)
-        try:
-            TypeAdapter(known[option].annotation).validate_python(value, strict=True)
-        except ValidationError as error:
-            raise UserError(f"transform {name}: {option}: {error.errors()[0]['msg']}, got {value!r}") from error
+    check_options(f"transform {name}", _parameters(name), options)
     try:
         return TRANSFORMS[name](size=size, **options)
     except ValueError as error:

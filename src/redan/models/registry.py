@@ -10,6 +10,7 @@ from torch import nn
 from redan.errors import UserError, unknown
 from redan.models.convnet import conv_med, conv_med_big, small_cnn
 from redan.models.norms import Normalise
+from redan.models.options import defaults, settable
 from redan.models.preact_resnet import PreActResNet
 from redan.models.resnet import ResNet
 from redan.models.wide_resnet import WideResNet
@@ -33,8 +34,7 @@ def model_options(name: str) -> dict[str, Any]:
     """The options of a network with their defaults. Raises: UserError for an unknown name."""
     if name not in MODELS:
         raise unknown("model", name, MODELS)
-    parameters = inspect.signature(MODELS[name]).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.name not in _DECIDED}
+    return defaults(settable(MODELS[name], _DECIDED))
 
 
 def build_model(
