@@ -15,6 +15,7 @@ FLOORS = [
     ["files", "threats", "spatial"],
     ["tensors", "data", "models"],
     ["attacks"],
+    ["certification"],
     ["methods"],
     ["recipes"],
     ["run"],

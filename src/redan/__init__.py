@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from redan.analysis.analyse import analyse
     from redan.demonstration import demo
     from redan.errors import DataError, Stopped, UserError
+    from redan.evaluation.certify import certify
     from redan.evaluation.evaluate import evaluate
     from redan.pruning import prune
     from redan.recipes.schema import Recipe, load_recipe
@@ -23,6 +24,7 @@ __all__ = [
     "UserError",
     "__version__",
     "analyse",
+    "certify",
     "demo",
     "evaluate",
     "load",
@@ -41,6 +43,7 @@ _HOMES = {
     "UserError": ("redan.errors", "UserError"),
     "__version__": ("redan.version", "__version__"),
     "analyse": ("redan.analysis.analyse", "analyse"),
+    "certify": ("redan.evaluation.certify", "certify"),
     "demo": ("redan.demonstration", "demo"),
     "evaluate": ("redan.evaluation.evaluate", "evaluate"),
     "load": ("redan.run", "load"),

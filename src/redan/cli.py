@@ -21,6 +21,7 @@ from redan.version import __version__
 
 if TYPE_CHECKING:
     from redan.attacks.search import Precision
+    from redan.certification.rounding import SoundFloat
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -233,6 +234,84 @@ def evaluate(
     least = min(result.robust_accuracy for result in results)
     if fail_under is not None and least < fail_under:
         _say(f"redan: robust accuracy {least:.4f} is below {fail_under}")
+        raise typer.Exit(1)
+
+
+@app.command()
+@_mannerly
+def certify(
+    run: Annotated[
+        str, typer.Argument(help="A run folder, an ONNX file, or package.module:function that returns an nn.Module.")
+    ],
+    threat: Annotated[
+        str | None, typer.Option("--threat", help="Such as linf:8/255 or l2:0.5; the run's own if not given.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", help="The first N test images; all if not given.")] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help="cascade, or one of its parts: interval, zonotope, crown-ibp, crown, alpha-crown, branch-and-bound, "
+            "milp.",
+        ),
+    ] = "cascade",
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for each image that bounds leave open.")] = 60.0,
+    sound_float: Annotated[
+        str,
+        typer.Option(
+            "--sound-float",
+            help="Rounding that a certificate covers: exact (redan's own), network (the network's, too) or off.",
+        ),
+    ] = "exact",
+    shard: Annotated[str, typer.Option("--shard", help="i/n: only the i-th of n parts; report joins them.")] = "1/1",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the attacks.")] = 0,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",
+    curve: Annotated[
+        bool, typer.Option("--curve/--no-curve", help="Find what can be proved at smaller radii, too.")
+    ] = True,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images that are bounded together.")] = 100,
+    data: Annotated[str | None, typer.Option("--data", help="Data set; the run's own if not given.")] = None,
+    data_dir: DataDir = None,
+    input_mean: Annotated[
+        str | None, typer.Option("--input-mean", help="For a network without its normalisation.")
+    ] = None,
+    input_std: Annotated[
+        str | None, typer.Option("--input-std", help="Likewise: comma-separated, one a channel.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the result; RUN/certificates if not given.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a certification that was stopped.")] = False,
+    fail_under: Annotated[
+        float | None, typer.Option("--fail-under", help="Exit with 1 if the certified accuracy is below, in [0, 1].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove what can be proved of test images: that nothing within the threat changes their label."""
+    from redan.evaluation.certify import certify as run_certification
+
+    result = run_certification(
+        run,
+        threat=threat,
+        method=method,
+        samples=samples,
+        timeout=timeout,
+        sound_float=cast("SoundFloat", sound_float),  # an unknown one is refused where it is used
+        shard=shard,
+        seed=seed,
+        checkpoint=_checkpoint(checkpoint),
+        curve=curve,
+        batch_size=batch_size,
+        data=data,
+        data_dir=data_dir,
+        input_mean=_numbers(input_mean),
+        input_std=_numbers(input_std),
+        out=out,
+        resume=resume,
+    )
+    print(result.model_dump_json()) if as_json else _print_certificates(result)
+    if fail_under is not None and result.certified_accuracy < fail_under:
+        _say(f"redan: certified accuracy {result.certified_accuracy:.4f} is below {fail_under}")
         raise typer.Exit(1)
 
 
@@ -531,6 +610,29 @@ def _print_results(results: list[Any]) -> None:
             console.print(result.account, soft_wrap=True, markup=False)
         if result.randomised is not None:
             _print_randomised(result)
+
+
+def _print_certificates(result: Any) -> None:
+    """The bracket, and which stage settled how many images in which time."""
+    part = "" if result.shard == (1, 1) else ", part {} of {}".format(*result.shard)
+    row = [
+        result.run,
+        result.threat,
+        f"{result.images}{part}",
+        *map(str, (result.proved, result.standing, result.clean)),
+    ]
+    _print_table(("run", "threat", "images", "certified [95 %]", "not falsified [95 %]", "clean [95 %]"), [row])
+    groups: dict[tuple[str, str], list[float]] = {}
+    for it in result.per_image:
+        groups.setdefault((it.verdict, it.by or "-"), []).append(it.seconds)
+    rows = [
+        [verdict, by, str(len(times)), f"{sum(times) / len(times):.3f}", f"{max(times):.2f}"]
+        for (verdict, by), times in groups.items()
+    ]
+    _print_table(("verdict", "by", "images", "seconds each", "at most"), sorted(rows))
+    if result.curve:
+        points = ", ".join(f"{100 * it.accuracy.value:.2f} % at {it.radius:.4g}" for it in result.curve)
+        console.print(f"certified at each radius: {points}", soft_wrap=True, markup=False)
 
 
 def _print_randomised(result: Any) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -59,6 +60,50 @@ class EvaluationProgress:
         if self._show:
             seconds = time.perf_counter() - self._started
             self._console.print(f"after {attack}: {share(stands)} of {len(stands)} stand ({seconds:.0f} s)")
+
+
+class CertificationProgress:
+    """On standard error: on a terminal a bar with the verdicts so far and the time left, elsewhere a line a minute.
+
+    Args:
+        count: images.
+        show: False shows nothing.
+    """
+
+    def __init__(self, count: int, *, show: bool) -> None:
+        self._show, self._count = show, count
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._lively = sys.stderr.isatty()
+        self._bar = Progress(
+            TextColumn("{task.fields[state]}"),
+            BarColumn(bar_width=20),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+            disable=not show or not self._lively,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=count, state="")
+        self._told = time.perf_counter()
+
+    def __enter__(self) -> "CertificationProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, verdicts: Mapping[str, int], stage: str) -> None:
+        """So many images have each verdict, and ``stage`` was at work."""
+        done = sum(verdicts.values())
+        told = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+        state = f"{done} of {self._count}" + (f": {told}" if told else "") + (f" ({stage})" if stage else "")
+        self._bar.update(self._task, completed=done, state=state)
+        if self._show and not self._lively and time.perf_counter() - self._told > 60:
+            self._told = time.perf_counter()
+            self._console.print(state)
 
 
 def share(stands: Tensor) -> str:

@@ -5,8 +5,10 @@ An evaluation is kept in a run's ``results/`` folder as ``<name>.json`` (this fi
 """
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from scipy.stats import binomtest
@@ -186,3 +188,84 @@ class Evaluation(ResultFile):
     fingerprint: str = ""
     gallery: tuple[GalleryEntry, ...] = ()
     per_image: tuple[Row, ...]
+
+
+class CertifiedRow(Frozen):
+    """What became of one image under certification.
+
+    ``verdict`` is ``misclassified``, ``certified`` (no image of the threat changes the label), ``falsified`` (a
+    confirmed counterexample is kept) or ``unknown`` (``by`` is what tried last); ``margin`` is a lower bound of how far
+    the label's logit stays ahead.
+    """
+
+    index: int
+    label: int
+    prediction: int
+    verdict: Literal["misclassified", "certified", "falsified", "unknown"]
+    by: str | None = None
+    margin: float | None = None
+    seconds: float
+
+
+class Certificates(ResultFile):
+    """The result of ``redan certify``: what was proved, refuted, and left open within a threat.
+
+    ``shard`` is (i, n) where only the i-th of n parts was looked at; ``images`` are how many that were, of the first
+    ``samples`` of the test set. ``certified``, ``falsified``, ``unknown`` and ``misclassified`` are counts, the
+    accuracies shares of ``images``: at least ``certified_accuracy`` of them are robust, at most ``standing``.
+    """
+
+    kind = "a set of certificates"
+
+    redan_version: str
+    run: str
+    checkpoint: str
+    dataset: str
+    threat: str
+    method: str
+    sound_float: str
+    timeout: float
+    seed: int
+    device: str
+    samples: int
+    shard: tuple[int, int]
+    images: int
+    certified: int
+    falsified: int
+    unknown: int
+    misclassified: int
+    clean: Accuracy
+    standing: Accuracy
+    proved: Accuracy
+    certified_accuracy: float
+    seconds: float
+    fingerprint: str
+    curve: tuple[CurvePoint, ...] = ()
+    per_image: tuple[CertifiedRow, ...]
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """All that shards of one certification have in common."""
+        return {
+            k: getattr(self, k) for k in ("run", "checkpoint", "dataset", "threat", "method", "samples", "fingerprint")
+        }
+
+    @classmethod
+    def of(cls, rows: Sequence[CertifiedRow], **facts: Any) -> "Certificates":
+        """With everything that is counted in rows, which are put in order."""
+        rows = sorted(rows, key=lambda row: row.index)
+        count = Counter(row.verdict for row in rows)
+        right = len(rows) - count["misclassified"]
+        return cls(
+            images=len(rows),
+            certified=count["certified"],
+            falsified=count["falsified"],
+            unknown=count["unknown"],
+            misclassified=count["misclassified"],
+            clean=Accuracy.of(right, len(rows)),
+            standing=Accuracy.of(right - count["falsified"], len(rows)),
+            proved=Accuracy.of(count["certified"], len(rows)),
+            certified_accuracy=count["certified"] / len(rows),
+            per_image=tuple(rows),
+            **facts,
+        )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
+from redan.certification.network import NetworkModule
+from redan.certification.onnx_files import read_onnx
 from redan.errors import UserError
 from redan.models.norms import Normalise
 from redan.models.options import imported
@@ -26,7 +28,7 @@ class Subject:
 
 
 def find_subject(run: str | Path | nn.Module, checkpoint: Checkpoint) -> Subject:
-    """What ``run`` names: a run folder, ``package.module:function`` that returns a module, or a module itself.
+    """What ``run`` names: a run folder, an ONNX file, ``package.module:function`` that returns a module, or a module.
 
     Raises:
         UserError: where there is no such thing.
@@ -34,6 +36,8 @@ def find_subject(run: str | Path | nn.Module, checkpoint: Checkpoint) -> Subject
     if isinstance(run, nn.Module):
         return Subject(type(run).__name__, run, None, None, None, None)
     text = str(run)
+    if text.endswith(".onnx"):
+        return Subject(Path(text).stem, NetworkModule(read_onnx(Path(text))).eval(), None, None, None, None)
     if ":" in text and not Path(text).exists():
         return Subject(text, imported("network", text).eval(), None, None, None, None)
     recipe, facts, network = read_run(run, checkpoint)

@@ -1,0 +1,1 @@
+"""Bounds, proofs and counterexamples: networks read as graphs, and what can be shown of them for whole regions."""

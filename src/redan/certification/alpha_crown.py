@@ -1,0 +1,87 @@
+"""alpha-CROWN (Xu et al., ICLR 2021, arXiv:2011.13824): CROWN with the lower slopes of its ReLUs optimised.
+
+Every row (a neuron's bound, or a function of the specification) has slopes of its own in every ReLU layer before it,
+and climbs its own bound. Tighter bounds of one layer never loosen those of the next, so that layers are optimised one
+after the other and each row by itself: memory does not grow with the number of rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from redan.certification.crown import specify, tighten_open
+from redan.certification.network import Network
+from redan.certification.regions import Bounds, Region, Specification
+from redan.certification.relaxation import Functions, Relaxation
+from redan.certification.rounding import SoundFloat
+from redan.certification.rows import Rows
+
+
+@dataclass(frozen=True)
+class AlphaCrown:
+    """Optimised bounds of every layer that CROWN leaves open, and of the specification.
+
+    Args:
+        iterations: steps of Adam (Kingma & Ba, ICLR 2015), at least 1.
+        rate: their size; slopes lie in [0, 1].
+        decay: factor of the rate, a step.
+        until_shown: no more steps for a function that is above 0, or whose image has lost all hope to be improved.
+        sound: which rounding errors the bounds cover.
+    """
+
+    iterations: int = 20
+    rate: float = 0.25
+    decay: float = 0.95
+    until_shown: bool = False
+    sound: SoundFloat = "exact"
+
+    def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
+        relaxation = Relaxation(network, region, self.sound)
+        targets = {i for relu in network.relus for i in network.layers[relu].inputs}
+        for _ in network.layers:
+            position = relaxation.extend()
+            if position in targets and not relaxation.interval_is_exact(position):
+                with torch.no_grad():
+                    tighten_open(relaxation, position)
+                tighten_open(relaxation, position, self.optimise)
+        margins = specify(relaxation, specification, self.optimise)
+        return Bounds({i: relaxation.boxes[i] for i in sorted(targets)}, margins)
+
+    def optimise(self, relaxation: Relaxation, functions: Functions) -> Tensor:
+        """The best lower bounds that were seen on the way, ``(r,)`` float64; the first are CROWN's."""
+        slopes: dict[int, Tensor] = {}
+        rows_of: dict[int, Rows] = {}
+
+        def choose(rows: Rows, position: int) -> Tensor:
+            if position not in slopes:
+                slopes[position] = rows.look(relaxation.lines(position)[2]).requires_grad_()
+                rows_of[position] = rows
+            return slopes[position]
+
+        best = torch.full_like(functions.constant, -torch.inf)
+        moments: dict[int, tuple[Tensor, Tensor]] = {}
+        for i in range(self.iterations + 1):
+            with torch.enable_grad():
+                found = relaxation.least(functions, choose)
+            best = torch.maximum(best, found.detach())
+            if i == self.iterations or not slopes or (self.until_shown and bool((best > 0).all())):
+                break
+            gradients = torch.autograd.grad(found.clamp(min=-1e30).sum(), list(slopes.values()), allow_unused=True)
+            rate = self.rate * self.decay**i
+            for position, gradient in zip(slopes, gradients, strict=True):
+                if gradient is None:
+                    continue
+                if position not in moments:
+                    # Only where the ReLU is open has the slope a choice.
+                    is_open = rows_of[position].look((relaxation.lines(position)[1] < 0).to(gradient))
+                    moments[position] = (torch.zeros_like(gradient), torch.zeros_like(gradient))
+                    rows_of[position] = rows_of[position].with_values(is_open)
+                first, second = moments[position]
+                gradient = gradient * rows_of[position].values
+                first.lerp_(gradient, 0.1)
+                second.lerp_(gradient.square(), 0.001)
+                step = (first / (1 - 0.9 ** (i + 1))) / ((second / (1 - 0.999 ** (i + 1))).sqrt() + 1e-30)
+                with torch.no_grad():
+                    slopes[position].add_(step, alpha=rate).clamp_(0, 1)
+        return best
