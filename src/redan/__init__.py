@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from redan.errors import DataError, Stopped, UserError
     from redan.evaluation.certify import certify
     from redan.evaluation.evaluate import evaluate
+    from redan.evaluation.properties import decide, export
     from redan.pruning import prune
     from redan.recipes.schema import Recipe, load_recipe
     from redan.reporting import write_report as report
@@ -25,8 +26,10 @@ __all__ = [
     "__version__",
     "analyse",
     "certify",
+    "decide",
     "demo",
     "evaluate",
+    "export",
     "load",
     "load_recipe",
     "prune",
@@ -44,8 +47,10 @@ _HOMES = {
     "__version__": ("redan.version", "__version__"),
     "analyse": ("redan.analysis.analyse", "analyse"),
     "certify": ("redan.evaluation.certify", "certify"),
+    "decide": ("redan.evaluation.properties", "decide"),
     "demo": ("redan.demonstration", "demo"),
     "evaluate": ("redan.evaluation.evaluate", "evaluate"),
+    "export": ("redan.evaluation.properties", "export"),
     "load": ("redan.run", "load"),
     "load_recipe": ("redan.recipes.schema", "load_recipe"),
     "prune": ("redan.pruning", "prune"),

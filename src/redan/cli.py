@@ -189,6 +189,12 @@ def evaluate(
     save_images: Annotated[
         bool, typer.Option("--save-images", help="Keep the adversarial images, exact and as 8-bit pixels.")
     ] = False,
+    certify: Annotated[
+        bool, typer.Option("--certify", help="Prove what can be proved, too, see redan certify.")
+    ] = False,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="With --certify: seconds for each image that bounds leave open.")
+    ] = 60.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an evaluation that was stopped.")] = False,
     fail_under: Annotated[
         float | None, typer.Option("--fail-under", help="Exit with 1 if the robust accuracy is below, in [0, 1].")
@@ -216,6 +222,8 @@ def evaluate(
         transfer=transfer,
         out=out,
         save_images=save_images,
+        certify=certify,
+        timeout=timeout,
         resume=resume,
     )
     if as_json:
@@ -285,9 +293,20 @@ def certify(
     fail_under: Annotated[
         float | None, typer.Option("--fail-under", help="Exit with 1 if the certified accuracy is below, in [0, 1].")
     ] = None,
+    vnnlib: Annotated[
+        Path | None, typer.Option("--vnnlib", metavar="FILE", help="Decide this property of an ONNX file instead.")
+    ] = None,
+    counterexample: Annotated[
+        Path | None, typer.Option("--counterexample", metavar="FILE", help="With --vnnlib: write what violates it.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Prove what can be proved of test images: that nothing within the threat changes their label."""
+    if vnnlib is not None:
+        _decide(run, vnnlib, method, timeout, sound_float, input_mean, input_std, counterexample, as_json)
+        return
+    if counterexample is not None:
+        raise UserError("--counterexample goes with --vnnlib; counterexamples of images are kept beside the result")
     from redan.evaluation.certify import certify as run_certification
 
     result = run_certification(
@@ -313,6 +332,37 @@ def certify(
     if fail_under is not None and result.certified_accuracy < fail_under:
         _say(f"redan: certified accuracy {result.certified_accuracy:.4f} is below {fail_under}")
         raise typer.Exit(1)
+
+
+@app.command()
+@_mannerly
+def export(
+    run: Annotated[str, typer.Argument(help="As redan certify takes it.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the files.")],
+    threat: Annotated[
+        str | None, typer.Option("--threat", help="Such as linf:8/255; the run's own if not given.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Properties of the first N test images.")] = 0,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds that instances.csv allows each.")] = 300.0,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",
+    data: Annotated[str | None, typer.Option("--data", help="Data set; the run's own if not given.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Write a network as ONNX, and its robustness as VNN-LIB, for other verifiers and runtimes."""
+    from redan.evaluation.properties import export as run_export
+
+    path = run_export(
+        run,
+        out,
+        threat=threat,
+        samples=samples,
+        timeout=timeout,
+        checkpoint=_checkpoint(checkpoint),
+        data=data,
+        data_dir=data_dir,
+    )
+    print(json.dumps({"network": str(path)})) if as_json else console.print(f"Network: {path}", soft_wrap=True)
 
 
 @app.command()
@@ -598,10 +648,20 @@ def _listed(value: Any) -> str:
 
 
 def _print_results(results: list[Any]) -> None:
+    proved = any(result.certified is not None for result in results)
     rows = [
-        [result.run, result.threat, str(result.samples), str(result.clean), str(result.robust)] for result in results
+        [
+            result.run,
+            result.threat,
+            str(result.samples),
+            str(result.clean),
+            str(result.robust),
+            *([str(result.certified or "-")] if proved else []),
+        ]
+        for result in results
     ]
-    _print_table(("run", "threat", "images", "clean [95 %]", "robust [95 %]"), rows)
+    header = ("run", "threat", "images", "clean [95 %]", "robust [95 %]", *(("certified [95 %]",) if proved else ()))
+    _print_table(header, rows)
     for result in results:
         steps = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result.attacks.items())
         told = "by each rule of counting" if result.randomised else f"after each attack: {steps}"
@@ -619,9 +679,9 @@ def _print_certificates(result: Any) -> None:
         result.run,
         result.threat,
         f"{result.images}{part}",
-        *map(str, (result.proved, result.standing, result.clean)),
+        *map(str, (result.clean, result.standing, result.proved)),
     ]
-    _print_table(("run", "threat", "images", "certified [95 %]", "not falsified [95 %]", "clean [95 %]"), [row])
+    _print_table(("run", "threat", "images", "clean [95 %]", "standing [95 %]", "certified [95 %]"), [row])
     groups: dict[tuple[str, str], list[float]] = {}
     for it in result.per_image:
         groups.setdefault((it.verdict, it.by or "-"), []).append(it.seconds)
@@ -633,6 +693,37 @@ def _print_certificates(result: Any) -> None:
     if result.curve:
         points = ", ".join(f"{100 * it.accuracy.value:.2f} % at {it.radius:.4g}" for it in result.curve)
         console.print(f"certified at each radius: {points}", soft_wrap=True, markup=False)
+
+
+def _decide(
+    run: str,
+    vnnlib: Path,
+    method: str,
+    timeout: float,
+    sound_float: str,
+    input_mean: str | None,
+    input_std: str | None,
+    counterexample: Path | None,
+    as_json: bool,
+) -> None:
+    """``redan certify NETWORK.onnx --vnnlib FILE``."""
+    from redan.evaluation.properties import decide
+
+    decision = decide(
+        run,
+        vnnlib,
+        method=method,
+        timeout=timeout,
+        sound_float=cast("SoundFloat", sound_float),
+        input_mean=_numbers(input_mean),
+        input_std=_numbers(input_std),
+        counterexample=counterexample,
+    )
+    if as_json:
+        print(decision.model_dump_json())
+    else:
+        by = "" if decision.by is None else f" by {decision.by}"
+        console.print(f"{decision.verdict}{by} ({decision.seconds:.2f} s)", soft_wrap=True, markup=False)
 
 
 def _print_randomised(result: Any) -> None:

@@ -483,10 +483,7 @@ def lp_refine(
                 upper[neuron] = min(upper[neuron], -least)
             if lower[neuron] >= 0 or upper[neuron] <= 0:
                 break
-    new = []
-    for before, bound, outwards in zip(old, (lower, upper), (-torch.inf, torch.inf), strict=True):
-        exact = torch.from_numpy(bound).view(before.shape).to(before.device)
-        rounded = exact.to(before.dtype)
-        rounded = torch.nextafter(rounded, torch.full_like(rounded, outwards))
-        new.append(torch.where(exact == before.double(), before, rounded))
-    return new[0], new[1]
+    low, high = (torch.from_numpy(it).view(old[0].shape).to(old[0]) for it in (lower, upper))
+    low = torch.nextafter(low, torch.full_like(low, -torch.inf))
+    high = torch.nextafter(high, torch.full_like(high, torch.inf))
+    return torch.maximum(low, old[0]), torch.minimum(high, old[1])

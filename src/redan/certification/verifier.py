@@ -44,7 +44,13 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 
 # Share of an image's time that branch and bound may take where a mixed-integer solver is still to come.
-BRANCHING_SHARE = 0.3
+BRANCHING_SHARE = 0.2
+
+# Open ReLUs of one image beyond which splitting them, or deciding them by a solver, is hopeless and fills the memory.
+MOST_OPEN = 5000
+
+# Of APGD towards each class. Branch and bound tries the worst images of its bounds besides.
+STRONG_STEPS = 30
 
 Outcome = Literal["certified", "falsified", "unknown"]
 
@@ -119,7 +125,7 @@ class Robustness:
         for i in who.tolist():
             draws = generator(self._seed, "certify", int(self._places[i]))
             alone = slice(i, i + 1)
-            strong = TargetedAPGD(self._threat)
+            strong = TargetedAPGD(self._threat, steps=STRONG_STEPS)
             found.append(strong.run(self._search, self._images[alone], self._labels[alone], draws).images)
         return torch.cat(found)
 
@@ -257,7 +263,8 @@ class _Course:
             groups = [specification.groups == g for g in specification.groups.unique().tolist()]
             left = [it.nonzero().squeeze(1) for it in groups if not (bounds.margins[0][it] > 0).any()]
             method = self._branch if stage == "branch-and-bound" else self._solve
-            shown = method(i, region, specification, bounds, left)
+            is_open = sum(int(((low < 0) & (high > 0)).sum()) for low, high in bounds.layers.values())
+            shown = is_open <= MOST_OPEN and method(i, region, specification, bounds, left)
         verdict = replace(
             self._verdicts[i], by=stage if self._verdicts[i].outcome == "unknown" else self._verdicts[i].by
         )

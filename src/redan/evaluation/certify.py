@@ -24,7 +24,7 @@ from redan.errors import UserError
 from redan.evaluation.journal import Journal
 from redan.evaluation.kept import fingerprint
 from redan.evaluation.progress import CertificationProgress
-from redan.evaluation.results import Accuracy, Certificates, CertifiedRow, CurvePoint
+from redan.evaluation.results import CERTIFICATES, Accuracy, Certificates, CertifiedRow, CurvePoint
 from redan.evaluation.stages import CURVE_RADII
 from redan.evaluation.subject import asked_threat, find_subject, normalised
 from redan.run import Checkpoint
@@ -32,7 +32,6 @@ from redan.tensors import save_tensors
 from redan.threats import LpBall, Threat
 from redan.version import __version__
 
-CERTIFICATES = "certificates"  # the folder within a run's
 BATCH = 100
 
 # Codes in the journal.

@@ -14,17 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from redan.attacks.search import Precision
+from redan.certification.verifier import Verifier
 from redan.data.registry import load_dataset
 from redan.errors import UserError
 from redan.evaluation import diagnose as diagnosis
 from redan.evaluation import randomness
+from redan.evaluation.bracket import bracket
+from redan.evaluation.certify import certify as run_certification
 from redan.evaluation.journal import Journal
 from redan.evaluation.kept import DRAWS, Kept, fingerprint
 from redan.evaluation.pictures import adversarial_images, gallery, on_the_way
 from redan.evaluation.progress import EvaluationProgress
 from redan.evaluation.protocol import default_protocol, parse_protocol, purification_steps
 from redan.evaluation.purification import OBLIVIOUS, describe, transform_facts, views
-from redan.evaluation.results import Accuracy, ConvergencePoint, CurvePoint, Evaluation, Randomised, Row
+from redan.evaluation.results import CERTIFICATES, Accuracy, ConvergencePoint, CurvePoint, Evaluation, Randomised, Row
 from redan.evaluation.stages import CURVE, CURVE_RADII, Stages
 from redan.evaluation.subject import asked_threat, find_subject, normalised
 from redan.evaluation.survey import Survey
@@ -55,6 +58,8 @@ def evaluate(
     input_std: Sequence[float] | None = None,
     out: str | Path | None = None,
     save_images: bool = False,
+    certify: bool = False,
+    timeout: float = 60.0,
     resume: bool | None = False,
     progress: bool = True,
 ) -> Evaluation:
@@ -81,6 +86,9 @@ def evaluate(
         input_std: likewise, divided by.
         out: folder of the results; a run's own ``results/`` if None. Without either nothing is written.
         save_images: keep the adversarial images, exact and rounded to 8 bits, beside the result.
+        certify: also prove what can be proved, by ``redan.certify``'s cascade; for Lp threats, and networks that draw
+            nothing. ``resume`` then goes on where either of the two was stopped.
+        timeout: seconds for each image that bounds leave open, of ``certify``.
         resume: go on with the unfinished evaluation of the same settings; None does so if there is one, gives the
             finished one if there is that, and starts otherwise.
         progress: show it on standard error.
@@ -104,6 +112,10 @@ def evaluate(
         diagnosis.require_ball(parsed)
     elif transfer is not None:
         raise UserError("--transfer is for --diagnose, which is not asked for")
+    if certify:
+        LpBall.require(parsed, "--certify")
+        Verifier(timeout=timeout)
+        resume = None if resume else resume
     folder = Path(out) if out is not None else subject.folder / "results" if subject.folder is not None else None
     if folder is None and (save_images or resume):
         raise UserError("nothing says where to keep the results; name a folder with --out")
@@ -138,8 +150,32 @@ def evaluate(
         "images": fingerprint({"labels": dataset.test.labels[:count], "first": dataset.test.images[:8]}),
     }
     kept = Kept(folder, settings, diagnose=diagnose)
+
+    def bracketed(result: Evaluation) -> Evaluation:
+        if not certify or result.certified is not None:
+            return result
+        certificates = run_certification(
+            run,
+            threat=parsed,
+            samples=count,
+            timeout=timeout,
+            seed=seed,
+            checkpoint=checkpoint,
+            curve=curve,
+            data=name,
+            data_dir=data_dir,
+            input_mean=input_mean,
+            input_std=input_std,
+            out=None if out is None else Path(out) / CERTIFICATES,
+            resume=resume,
+            progress=progress,
+        )
+        whole = bracket(result, certificates)
+        kept.update(whole)
+        return whole
+
     if resume is None and (finished := kept.finished(with_images=save_images)) is not None:
-        return finished
+        return bracketed(finished)
     journal = Journal(kept.partial, settings, resume=resume)
     with (
         journal.kept_when_stopped(),
@@ -190,7 +226,7 @@ def evaluate(
     )
     kept.keep(result, pictures, images)
     journal.close()
-    return result
+    return bracketed(result)
 
 
 class _Found(NamedTuple):

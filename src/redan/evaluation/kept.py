@@ -49,6 +49,11 @@ class Kept:
             return None
         return result if result.fingerprint == self.fingerprint else None
 
+    def update(self, result: Evaluation) -> None:
+        """Write the JSON file anew: the pictures beside it stay right."""
+        if self._folder is not None:
+            result.save(self._named(".json"))
+
     def keep(self, result: Evaluation, pictures: dict[str, Tensor], images: dict[str, Tensor] | None) -> None:
         """Write the files. The JSON file goes first and comes last: it never stands beside others' pictures."""
         if self._folder is None:

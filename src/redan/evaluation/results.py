@@ -16,6 +16,8 @@ from scipy.stats import binomtest
 from redan.errors import UserError
 from redan.files import write_atomically
 
+CERTIFICATES = "certificates"  # the folder within a run's that holds them
+
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,14 +74,15 @@ class Row(Frozen):
     """What became of one image.
 
     ``verdict`` is ``misclassified`` (wrong without any attack), ``falsified`` (a confirmed adversarial example
-    exists; ``by`` names the attack that found it) or ``unknown`` (it stood against every attack).
+    exists; ``by`` names the attack that found it), ``certified`` (none exists) or ``unknown`` (it stood against every
+    attack, and nothing was proved).
     """
 
     index: int
     label: int
     prediction: int
     confidence: float
-    verdict: Literal["misclassified", "falsified", "unknown"]
+    verdict: Literal["misclassified", "falsified", "certified", "unknown"]
     by: str | None = None
     adversarial_prediction: int | None = None
     adversarial_confidence: float | None = None
@@ -176,7 +179,9 @@ class Evaluation(ResultFile):
     robust: Accuracy
     clean_accuracy: float
     robust_accuracy: float
+    certified: Accuracy | None = None
     certified_accuracy: float | None = None
+    certified_curve: tuple[CurvePoint, ...] = ()
     attacks: dict[str, float]
     seconds: float
     model_calls: int
@@ -243,13 +248,6 @@ class Certificates(ResultFile):
     curve: tuple[CurvePoint, ...] = ()
     per_image: tuple[CertifiedRow, ...]
 
-    @property
-    def settings(self) -> dict[str, object]:
-        """All that shards of one certification have in common."""
-        return {
-            k: getattr(self, k) for k in ("run", "checkpoint", "dataset", "threat", "method", "samples", "fingerprint")
-        }
-
     @classmethod
     def of(cls, rows: Sequence[CertifiedRow], **facts: Any) -> "Certificates":
         """With everything that is counted in rows, which are put in order."""
@@ -268,4 +266,27 @@ class Certificates(ResultFile):
             certified_accuracy=count["certified"] / len(rows),
             per_image=tuple(rows),
             **facts,
+        )
+
+    @classmethod
+    def join(cls, shards: Sequence["Certificates"]) -> "Certificates":
+        """Shards of one certification (of one fingerprint) as one; what is missing is missing in ``images``."""
+        first = shards[0]
+        if len(shards) == 1:
+            return first
+        rows = {row.index: row for part in shards for row in part.per_image}
+        proved: dict[float, int] = {}
+        for part in shards:
+            for point in part.curve:
+                proved[point.radius] = proved.get(point.radius, 0) + point.accuracy.correct
+        kept = ("redan_version", "run", "checkpoint", "dataset", "threat", "method", "sound_float", "timeout", "seed")
+        return cls.of(
+            list(rows.values()),
+            **{k: getattr(first, k) for k in (*kept, "device", "samples", "fingerprint")},
+            shard=(1, 1),
+            seconds=sum(part.seconds for part in shards),
+            curve=tuple(
+                CurvePoint(radius=radius, accuracy=Accuracy.of(correct, len(rows)))
+                for radius, correct in sorted(proved.items())
+            ),
         )

@@ -66,21 +66,36 @@ def _svg(alt: str, draw: Callable[[Axes], None]) -> Markup:
     return Markup(f'<svg role="img" aria-label="{escape(alt)}"{body}')
 
 
-def radius_figure(alt: str, norm: str, lines: Sequence[Sequence[CurvePoint]]) -> Markup:
-    """Accuracy against the threat's radius, each point with its interval; linf radii in units of 1/255."""
+def radius_figure(alt: str, norm: str, lines: Sequence[tuple[Sequence[CurvePoint], Sequence[CurvePoint]]]) -> Markup:
+    """Accuracy against the threat's radius, each point with its interval; linf radii in units of 1/255.
+
+    A line is a bracket: what stands under attack, and dashed what is certified, with what neither settled between the
+    two; either may be empty.
+    """
 
     def draw(axes: Axes) -> None:
-        for position, points in enumerate(lines):
+        for position, (standing, certified) in enumerate(lines):
             colour, marker = line_style(position)
-            radii = [_unit(norm) * point.radius for point in points]
-            axes.plot(radii, [100 * point.accuracy.value for point in points], color=colour, marker=marker)
-            low = [100 * point.accuracy.low for point in points]
-            high = [100 * point.accuracy.high for point in points]
-            axes.vlines(radii, low, high, color=colour, linewidth=1)
+            for points, style in ((standing, "-"), (certified, "--")):
+                radii, values = _percent(norm, points)
+                axes.plot(radii, values, style, color=colour, marker=marker)
+                low = [100 * point.accuracy.low for point in points]
+                high = [100 * point.accuracy.high for point in points]
+                axes.vlines(radii, low, high, color=colour, linewidth=1)
+            if standing and certified:
+                radii, above = _percent(norm, standing)
+                ends = _percent(norm, certified)
+                inside = [k for k, radius in enumerate(radii) if radius <= ends[0][-1]]
+                radii, above = [radii[k] for k in inside], [above[k] for k in inside]
+                axes.fill_between(radii, np.interp(radii, *ends), above, color=colour, alpha=0.12, linewidth=0)
         _radius_axis(axes, norm)
         axes.set(ylabel="accuracy, %", ylim=(-2, 102))
 
     return _svg(alt, draw)
+
+
+def _percent(norm: str, points: Sequence[CurvePoint]) -> tuple[list[float], list[float]]:
+    return [_unit(norm) * point.radius for point in points], [100 * point.accuracy.value for point in points]
 
 
 def convergence_figure(alt: str, xlabel: str, points: Sequence[tuple[int, ConvergencePoint]]) -> Markup:

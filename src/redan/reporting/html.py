@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from redan.analysis.results import DifficultEntry, Difficulty, Growth
 from redan.errors import UserError
-from redan.evaluation.results import Accuracy, Evaluation, Row
+from redan.evaluation.results import Accuracy, Certificates, CurvePoint, Evaluation, Row
 from redan.files import write_atomically
 from redan.reporting.figures import (
     MARKERS,
@@ -25,6 +25,8 @@ from redan.reporting.figures import (
     training_figures,
 )
 from redan.reporting.runs import Result, Run, Study, read_run
+
+_Points = Sequence[CurvePoint]
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         studies={name: _study(name, run.study) for name, run in read.items() if run.study is not None},
         diagnostics={title: checks for title, result in evaluated.items() if (checks := result.evaluation.diagnostics)},
         galleries={title: _gallery(result) for title, result in evaluated.items() if len(result.images)},
+        certificates={name: run.certificates for name, run in read.items() if run.certificates},
+        settled=_settled,
         share=_share,
         convergence=_convergence,
         steps=_steps,
@@ -165,8 +169,16 @@ def _steps(evaluation: Evaluation) -> list[_Step]:
     for title, taken in groups:
         left -= len(taken)
         steps.append(_Step(title, len(taken), Accuracy.of(left, evaluation.samples), _mean_calls(taken)))
-    standing = [row for row in rows if row.verdict == "unknown"]
+    standing = [row for row in rows if row.verdict in ("certified", "unknown")]
     return [*steps, _Step("every attack", None, steps[-1].after, _mean_calls(standing))]
+
+
+def _settled(certificates: Certificates) -> list[tuple[str, str, int, float, float]]:
+    """By verdict and stage: how many images, the mean seconds of each, and the most."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for row in certificates.per_image:
+        groups.setdefault((row.verdict, row.by or "–"), []).append(row.seconds)
+    return [(*key, len(times), fmean(times), max(times)) for key, times in sorted(groups.items())]
 
 
 def _mean_calls(rows: Sequence[Row]) -> float | None:
@@ -175,28 +187,44 @@ def _mean_calls(rows: Sequence[Row]) -> float | None:
 
 def _curves(runs: dict[str, Run]) -> list[_Curves]:
     """One figure for each data set and norm that has curves."""
-    groups: dict[tuple[str, str], list[tuple[str, Result]]] = {}
+    groups: dict[tuple[str, str], list[tuple[str, str, _Points, _Points]]] = {}
     for name, run in runs.items():
+        drawn = set()
         for result in run.results:
-            if result.evaluation.curve:
-                norm = result.evaluation.threat.partition(":")[0]
-                groups.setdefault((result.evaluation.dataset, norm), []).append((name, result))
+            it = result.evaluation
+            lower = it.certified_curve or _proved(run, it)
+            if it.curve or lower:
+                drawn.add(it.threat)
+                key = (it.dataset, it.threat.partition(":")[0])
+                groups.setdefault(key, []).append((name, result.name, it.curve, lower))
+        for proved in run.certificates:
+            if proved.curve and proved.threat not in drawn:
+                key = (proved.dataset, proved.threat.partition(":")[0])
+                groups.setdefault(key, []).append((name, f"certified by {proved.method}", (), proved.curve))
     figures = []
     for (dataset, norm), members in groups.items():
-        lines = Counter(name for name, _ in members)
-        labels = [name if lines[name] == 1 else f"{name}, {result.name}" for name, result in members]
-        curves = [result.evaluation.curve for _, result in members]
+        lines = Counter(name for name, *_ in members)
+        labels = [name if lines[name] == 1 else f"{name}, {title}" for name, title, *_ in members]
         ends = [
-            f"{label} {100 * curve[0].accuracy.value:.1f} % at {curve[0].radius:.3g}, "
-            f"{100 * curve[-1].accuracy.value:.1f} % at {curve[-1].radius:.3g}"
-            for label, curve in zip(labels, curves, strict=True)
+            f"{label} {100 * points[0].accuracy.value:.1f} %{what} at {points[0].radius:.3g}, "
+            f"{100 * points[-1].accuracy.value:.1f} % at {points[-1].radius:.3g}"
+            for label, (*_, standing, certified) in zip(labels, members, strict=True)
+            for points, what in ((standing, ""), (certified, " certified"))
+            if points
         ]
         title = f"{dataset}, {norm}"
-        figure = radius_figure(f"Accuracy against radius on {title}: {'; '.join(ends)}", norm, curves)
+        pairs = [(standing, certified) for *_, standing, certified in members]
+        figure = radius_figure(f"Accuracy against radius on {title}: {'; '.join(ends)}", norm, pairs)
         styles = [line_style(position) for position in range(len(members))]
         legend = [(colour, MARKERS[marker], label) for (colour, marker), label in zip(styles, labels, strict=True)]
         figures.append(_Curves(title, figure, legend))
     return figures
+
+
+def _proved(run: Run, evaluation: Evaluation) -> _Points:
+    """What was certified of the same images within the same threat."""
+    asked = (evaluation.threat, evaluation.samples, evaluation.checkpoint)
+    return next((it.curve for it in run.certificates if (it.threat, it.images, it.checkpoint) == asked), ())
 
 
 def _gallery(result: Result) -> list[_Picture]:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from redan.analysis.results import ANALYSIS, DIFFICULTY, Analysis, Difficulty
 from redan.errors import UserError
-from redan.evaluation.results import Evaluation
+from redan.evaluation.results import CERTIFICATES, Certificates, Evaluation
 
 Images = npt.NDArray[np.float32]
 INSIDE = ("transformed", "purified")  # what a network that purifies makes of an attacked image, in order
@@ -64,6 +64,7 @@ class Run:
     environment: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
     results: Sequence[Result]
+    certificates: Sequence[Certificates]
     analysis: Analysis | None
     study: Study | None
     date: date
@@ -112,6 +113,7 @@ def read_run(folder: Path) -> Run:
         environment=_environment(folder / "environment.json"),
         metrics=_metrics(folder / "metrics.jsonl"),
         results=[_result(path) for path in results],
+        certificates=_certificates(folder / CERTIFICATES),
         analysis=Analysis.load(folder / ANALYSIS) if (folder / ANALYSIS).exists() else None,
         study=_study(folder / DIFFICULTY) if (folder / DIFFICULTY).exists() else None,
         date=max(datetime.fromtimestamp(path.stat().st_mtime, UTC).date() for path in results or [source]),
@@ -172,6 +174,15 @@ def _result(path: Path) -> Result:
         if stage.shape != shapes[0]:
             raise UserError(f"{pictures} must hold {name} of the images' shape {shapes[0]}; it is {stage.shape}")
     return Result(path.stem, evaluation, tensors["images"], tensors["adversarials"], inside)
+
+
+def _certificates(folder: Path) -> list[Certificates]:
+    """Those of a folder, the shards of each joined."""
+    groups: dict[str, list[Certificates]] = {}
+    for path in sorted(folder.glob("*.json")):
+        found = Certificates.load(path)
+        groups.setdefault(found.fingerprint if found.shard != (1, 1) else str(path), []).append(found)
+    return [Certificates.join(parts) for parts in groups.values()]
 
 
 def _study(path: Path) -> Study:

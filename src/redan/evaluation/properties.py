@@ -1,0 +1,185 @@
+"""VNN-COMP's formats end to end: a property in a VNN-LIB file, decided; a network's robustness as such files.
+
+A VNN-LIB file describes what must not happen: inputs in a box whose outputs meet some condition. It ``holds`` where no
+such input exists, and is ``violated`` by a counterexample.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from redan.certification.network import Network, NetworkModule
+from redan.certification.onnx_files import read_onnx, write_onnx
+from redan.certification.reading import read_network
+from redan.certification.regions import Region, Specification
+from redan.certification.rounding import SoundFloat
+from redan.certification.verifier import Verifier
+from redan.certification.vnnlib import read_vnnlib, write_counterexample, write_vnnlib
+from redan.data.pipeline import center_crop, to_float
+from redan.data.registry import load_dataset
+from redan.errors import UserError
+from redan.evaluation.results import Frozen
+from redan.evaluation.subject import asked_threat, find_subject
+from redan.files import write_atomically
+from redan.run import Checkpoint
+from redan.threats import LpBall
+
+ATTACK_STEPS = {"pgd": 20, "apgd-t": 200}
+
+
+class Decision(Frozen):
+    """What is known of a property.
+
+    ``verdict`` is ``holds``, ``violated`` or ``unknown``; ``by`` the stage that settled it, or tried last.
+    """
+
+    network: str
+    property: str
+    verdict: Literal["holds", "violated", "unknown"]
+    by: str | None
+    seconds: float
+
+
+class _Property:
+    """One box and one condition as a question for the verifier: ``redan.certification.verifier.Question``."""
+
+    def __init__(self, network: Network, region: Region, specification: Specification) -> None:
+        self.region, self.specification = region, specification
+        self._model = NetworkModule(network)
+
+    def attack(self, name: str, who: Tensor) -> Tensor:
+        """Steps along the sign of the gradient, from the middle and from each function's own direction."""
+        lower, upper = self.region.lower.float(), self.region.upper.float()
+        functions = self.specification.weights.shape[1]
+        images = ((lower + upper) / 2).repeat_interleave(functions, 0)
+        for k in range(ATTACK_STEPS[name]):
+            images.requires_grad_()
+            with torch.enable_grad():
+                values = self.specification.values(self._model(images))
+                own = values.diagonal() if len(values) == functions else values.sum(1)
+                (gradient,) = torch.autograd.grad(own.sum(), images)
+            step = (upper - lower) * (0.5 / (1 + k / 4))
+            images = (images.detach() - step * gradient.sign()).clamp(lower, upper)
+        values = self.specification.worst(self.specification.values(self._model(images)).detach())
+        return images[values.argmin()][None]
+
+    def refutes(self, candidates: Tensor, who: Tensor) -> Tensor:
+        inside = (candidates.double() >= self.region.lower) & (candidates.double() <= self.region.upper)
+        with torch.no_grad():
+            values = self.specification.values(self._model(candidates))
+        return inside.flatten(1).all(1) & (self.specification.worst(values) <= 0)
+
+
+def decide(
+    network: str | Path,
+    vnnlib: str | Path,
+    *,
+    method: str = "cascade",
+    timeout: float = 60.0,
+    sound_float: SoundFloat = "exact",
+    input_mean: Sequence[float] | None = None,
+    input_std: Sequence[float] | None = None,
+    counterexample: str | Path | None = None,
+) -> Decision:
+    """Decide whether a property holds of a network.
+
+    Args:
+        network: an ONNX file.
+        vnnlib: a VNN-LIB file, or one compressed by gzip.
+        method: as of ``certify``.
+        timeout: seconds for each box of the file.
+        sound_float: as of ``certify``.
+        input_mean: for a network without its normalisation, subtracted from the inputs.
+        input_std: likewise, divided by.
+        counterexample: file for the counterexample, in VNN-COMP's format, should there be one.
+
+    Raises:
+        UserError: for a mistake in any of these.
+    """
+    verifier = Verifier(method, timeout, sound_float, torch.get_num_threads())
+    graph = read_onnx(Path(network), input_mean, input_std)
+    cases = read_vnnlib(Path(vnnlib), graph.input_shape, graph.classes)
+    started, verdict, by = time.perf_counter(), "holds", None
+    for region, specification in cases:
+        (found,) = verifier(graph, _Property(graph, region, specification))
+        by = found.by
+        if found.outcome == "falsified":
+            assert found.counterexample is not None
+            verdict = "violated"
+            if counterexample is not None:
+                image = found.counterexample.view(graph.input_shape)
+                outputs = NetworkModule(graph)(image[None])[0]
+                write_counterexample(Path(counterexample), image, outputs.detach())
+            break
+        if found.outcome == "unknown":
+            verdict = "unknown"
+    return Decision.model_validate(
+        {
+            "network": str(network),
+            "property": str(vnnlib),
+            "verdict": verdict,
+            "by": by,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+    )
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    threat: str | None = None,
+    samples: int = 0,
+    timeout: float = 300.0,
+    checkpoint: Checkpoint = "best",
+    data: str | None = None,
+    data_dir: str | Path | None = None,
+) -> Path:
+    """Write a network as ONNX and its robustness on test images as VNN-LIB, for other verifiers.
+
+    Args:
+        run: as of ``certify``.
+        out: a folder: ``network.onnx`` and, for each image that is classified correctly, ``image-<index>.vnnlib``, with
+            ``instances.csv`` that lists network, property and seconds as VNN-COMP does.
+        threat: an Linf threat; the run's own if None.
+        samples: the first so many test images; none writes the network alone.
+        timeout: seconds that ``instances.csv`` allows each.
+        checkpoint: of a run: ``best`` or ``last``.
+        data: the data set; the run's own if None.
+        data_dir: the folder of data sets.
+
+    Returns:
+        The ONNX file.
+
+    Raises:
+        UserError: for a mistake in any of these.
+    """
+    subject, folder = find_subject(run, checkpoint), Path(out)
+    name = data or subject.data
+    if name is None:
+        raise UserError(f"{subject.name} does not say which images it is for; name them with --data")
+    dataset = load_dataset(name, None if data_dir is None else Path(data_dir))
+    if not 0 <= samples <= len(dataset.test):
+        raise UserError(f"--samples is between 0 and {len(dataset.test)} for {name}, got {samples}")
+    ball = LpBall.require(asked_threat(threat, subject), "a VNN-LIB file") if samples else None
+    images = to_float(dataset.test.images[: max(samples, 1)])
+    images = images if subject.size is None else center_crop(images, subject.size)
+    network = read_network(subject.network, tuple(images.shape[1:]))
+    path = folder / "network.onnx"
+    write_onnx(network, path)
+    if ball is None:
+        return path
+    labels = dataset.test.labels[:samples]
+    regions, specifications = Region.around(images, ball), Specification.robust(labels, network.classes)
+    with torch.no_grad():
+        right = subject.network(images).argmax(1) == labels
+    lines = []
+    for i in right.nonzero().squeeze(1).tolist():
+        write_vnnlib(folder / f"image-{i}.vnnlib", regions, specifications, i)
+        lines.append(f"network.onnx,image-{i}.vnnlib,{timeout:g}\n")
+    write_atomically(folder / "instances.csv", "".join(lines).encode())
+    return path
