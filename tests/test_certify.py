@@ -92,7 +92,7 @@ def test_shards_join_to_the_whole(trained: Path, whole: Certificates, tmp_path: 
 def test_stopped_certification_goes_on_where_it_was(
     trained: Path, whole: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    asked: list[list[int]] = []
     original = module._Work._batch
 
     def stops(self: Any, places: Tensor) -> None:
@@ -108,9 +108,12 @@ def test_stopped_certification_goes_on_where_it_was(
     with pytest.raises(UserError, match="unfinished"):
         certified(trained, tmp_path, batch_size=8)
     seen: list[list[int]] = []
-    monkeypatch.setattr(
-        module._Work, "_batch", lambda self, places: (seen.append(places.tolist()), original(self, places))
-    )
+
+    def listens(self: Any, places: Tensor) -> None:
+        seen.append(places.tolist())
+        original(self, places)
+
+    monkeypatch.setattr(module._Work, "_batch", listens)
     assert verdicts(certified(trained, tmp_path, resume=True)) == verdicts(whole)
     assert sorted(i for places in seen for i in places) == list(range(16, 30))
 

@@ -33,6 +33,8 @@ from redan.analysis.results import (
 from redan.errors import UserError
 from redan.evaluation.results import (
     Accuracy,
+    Certificates,
+    CertifiedRow,
     Check,
     ConvergencePoint,
     Counts,
@@ -427,6 +429,62 @@ def test_curves_of_one_data_set_and_norm_share_a_figure(run: Path) -> None:
     ]
     legend = re.findall("[●■▲◆▼] (.+)", page.text)
     assert legend == [NAME, "other, large", "other, small", "other"]
+
+
+def certificates(*verdicts: tuple[str, str | None], first: int = 0, step: int = 1, **changes: object) -> Certificates:
+    facts: dict[str, object] = dict(
+        redan_version="0", run="run", checkpoint="best", dataset="digits", threat="linf:8/255", method="cascade",
+        sound_float="exact", timeout=60, seed=0, device="cpu", samples=100, shard=(1, 1), seconds=9.0, fingerprint="f",
+    )  # fmt: skip
+    proofs = [
+        CertifiedRow.model_validate(
+            dict(index=first + step * i, label=0, prediction=0, verdict=verdict, by=by, seconds=0.25 * (i + 1))
+        )
+        for i, (verdict, by) in enumerate(verdicts)
+    ]
+    return Certificates.of(proofs, **facts | changes)
+
+
+def points(*correct: int, samples: int) -> tuple[CurvePoint, ...]:
+    return tuple(CurvePoint(radius=k * 4 / 255, accuracy=Accuracy.of(it, samples)) for k, it in enumerate(correct))
+
+
+def test_certificates_say_what_was_settled_by_what(run: Path) -> None:
+    found = certificates(("certified", "crown"), ("certified", "crown"), ("unknown", "milp"), ("misclassified", None))
+    found.save(run / "certificates" / "cascade.json")
+    page = report(run)
+    assert ["certified", "crown", "2", "0.375", "0.50"] in page.rows
+    assert ["unknown", "milp", "1", "0.750", "0.75"] in page.rows
+    assert ["misclassified", "–", "1", "1.000", "1.00"] in page.rows
+    (row,) = [row for row in page.rows if row[-2:] == ["exact", "60"]]
+    assert row[1:5] == ["75.00 % 19.4 – 99.4", "75.00 % 19.4 – 99.4", "50.00 % 6.8 – 93.2", "4 of 100"]
+
+
+def test_shards_are_joined_where_they_are_of_one_certification(run: Path) -> None:
+    for k, other in ((1, "f"), (2, "f"), (3, "g")):
+        part = certificates(
+            ("certified", "crown"), ("unknown", "milp"), first=k - 1, step=2, samples=4, shard=(k, 2 if k < 3 else 9),
+            fingerprint=other, curve=points(2, 1, samples=2),
+        )  # fmt: skip
+        part.save(run / "certificates" / f"shard{k}.json")
+    page = report(run)
+    assert sum(row[-2:] == ["exact", "60"] for row in page.rows) == 2
+    assert ["certified", "crown", "2", "0.250", "0.25"] in page.rows
+    (label,) = [label for label in figures(page) if label.startswith("Accuracy against radius")]
+    assert "100.0 % certified at 0, 50.0 % at 0.0157" in label
+
+
+def test_bracket_is_drawn_of_the_same_images_only(run: Path) -> None:
+    proofs = [("certified", "crown")] * 30 + [("unknown", "milp")] * 70
+    lower = points(80, 50, 30, samples=100)
+    certificates(*proofs, curve=lower, checkpoint="model.safetensors").save(run / "certificates" / "all.json")
+    page = report(run)
+    (label,) = [label for label in figures(page) if label.startswith("Accuracy against radius")]
+    assert "45.0 % at 0.0314" in label and "80.0 % certified at 0, 30.0 % at 0.0314" in label
+    # Of other images the proof is a line by itself, and no bracket.
+    certificates(*proofs[:50], curve=points(40, 20, samples=50)).save(run / "certificates" / "all.json")
+    page = report(run)
+    assert re.findall("[●■▲◆▼] (.+)", page.text) == [f"{NAME}, standard", f"{NAME}, certified by cascade"]
 
 
 def test_date_is_that_of_the_newest_result(run: Path) -> None:

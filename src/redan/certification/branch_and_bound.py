@@ -24,6 +24,9 @@ from redan.certification.reduced import Reduced
 # The least gain of a side, so that one that gains nothing does not make all branches equal.
 LEAST_GAIN = 1e-4
 
+# Of Adam, for a sub-problem in which every ReLU is settled: nothing but its multipliers can still raise its bound.
+LEAF_STEPS = 200
+
 
 @dataclass(frozen=True, eq=False)
 class State:
@@ -139,19 +142,35 @@ class BranchAndBound:
                     del queues[k]
                     continue
                 left = mine[(bound[j, mine] <= 0).cpu()]
-                queues[k].put(children.part(j, left), bound[j, left])
+                rest, bounds, stuck = self._settle(some, j, children.part(j, left), bound[j, left])
+                queues[k].put(rest, bounds)
                 lower[k] = queues[k].lowest
                 if not len(queues[k]):
                     verdicts[k], lower[k] = True, 0.0
-                if not len(queues[k]) or visited[k] >= self.limit:
+                if not len(queues[k]) or stuck or visited[k] >= self.limit:
                     del queues[k]
         return verdicts, lower, visited
+
+    def _settle(self, problems: Reduced, j: int, state: State, bounds: Tensor) -> tuple[State, Tensor, bool]:
+        """Sub-problems of the j-th problem that are left: those with nothing to split get many more steps, once.
+
+        Returns:
+            Them, their bounds, and whether one is left that nothing can be done about.
+        """
+        leaf = ~((state.low < 0) & (state.high > 0)).any(1)
+        if not leaf.any():
+            return state, bounds, False
+        alone = problems.part(torch.tensor([j], device=problems.lower.device))
+        again, _, _ = self._bound(alone, state.map(lambda it: it[leaf][None]), LEAF_STEPS)
+        bounds = bounds.masked_scatter(leaf, again[0])
+        left = bounds <= 0
+        return state.map(lambda it: it[left]), bounds[left], bool((leaf & left).any())
 
     def _bound(self, problems: Reduced, state: State, iterations: int) -> tuple[Tensor, State, Tensor]:
         """Lower bounds ``(p, s)``, the state that gave them, and the images that attain them ``(p, s, d)``."""
         alpha, beta = state.alpha.clone().requires_grad_(), state.beta.clone().requires_grad_()
-        mix = alpha.new_zeros(*alpha.shape[:2], problems.margins.constant.shape[1]).requires_grad_()
-        parameters = [(alpha, self.rate), (beta, self.beta_rate), (mix, 0.3)]
+        mix = _best_function(problems, state).requires_grad_()
+        parameters = [(alpha, self.rate), (beta, self.beta_rate), (mix, 0.1)]
         moments = [(torch.zeros_like(it), torch.zeros_like(it)) for it, _ in parameters]
         best = alpha.new_full(alpha.shape[:2], -torch.inf)
         kept_alpha, kept_beta = state.alpha.clone(), state.beta.clone()
@@ -178,6 +197,7 @@ class BranchAndBound:
                     value.add_(step, alpha=rate * 0.97**i)
                 alpha.clamp_(0, 1)
                 beta.clamp_(min=0).mul_(state.signs != 0)
+                mix.clamp_(min=0).div_(mix.sum(2, keepdim=True).clamp(min=1e-12))
         best = torch.where((state.low > state.high).any(2), torch.inf, best)  # there is no such image
         return best.nan_to_num(-torch.inf, torch.inf), replace(state, alpha=kept_alpha, beta=kept_beta), images
 
@@ -211,16 +231,15 @@ def least(problems: Reduced, state: State, mix: Tensor | None = None) -> tuple[T
     Args:
         problems: ``p`` of them.
         state: of ``s`` sub-problems each.
-        mix: logits of the weights with which the margins are joined, ``(p, s, m)``; None for equal ones.
+        mix: weights with which the margins are joined, at least 0 with the sum 1, ``(p, s, m)``; None for equal ones.
 
     Returns:
         The bounds ``(p, s)``, the coefficients of the pixels ``(p, s, d)``, and what the relaxation of each ReLU
         costs the bound at most, ``(p, s, n)``, 0 for those that are settled.
     """
     margins, lines = problems.margins, _Lines.of(state)
-    weights = (
-        state.signs.new_zeros(*state.signs.shape[:2], margins.constant.shape[1]) if mix is None else mix
-    ).softmax(2)
+    count = margins.constant.shape[1]
+    weights = state.signs.new_full((*state.signs.shape[:2], count), 1 / count) if mix is None else mix
     bound = (weights @ (margins.constant - margins.slack)[..., None]).squeeze(2)
     outputs, costs = [weights @ it for it in margins.before], []
     pixels = weights @ margins.pixels
@@ -237,6 +256,17 @@ def least(problems: Reduced, state: State, mix: Tensor | None = None) -> tuple[T
             outputs[j] = outputs[j] + a @ matrix
     bound = bound + _least_image(problems, pixels)
     return bound, pixels, torch.cat(costs[::-1], 2) if costs else state.signs
+
+
+@torch.no_grad()
+def _best_function(problems: Reduced, state: State) -> Tensor:
+    """All weight on the function with the best bound: ``(p, s, m)``."""
+    count = problems.margins.constant.shape[1]
+    single = torch.eye(count, dtype=state.signs.dtype, device=state.signs.device)
+    if count == 1:
+        return single.expand(*state.signs.shape[:2], 1).clone()
+    found = [least(problems, state, it.expand(*state.signs.shape[:2], -1))[0] for it in single]
+    return single[torch.stack(found, 2).argmax(2)]
 
 
 def _least_image(problems: Reduced, pixels: Tensor) -> Tensor:

@@ -126,6 +126,9 @@ class Builder:
         """max(x, 0)."""
         if isinstance(self.layers[x], Relu):
             return x
+        for i, layer in enumerate(self.layers):  # one a layer, so that what is known of it is known once
+            if isinstance(layer, Relu) and layer.inputs == (x,):
+                return i
         return self._append(Relu(self.name, (x,), self.shape(x)))
 
     def leaky_relu(self, x: int, slope: Tensor | float) -> int:

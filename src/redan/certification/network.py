@@ -160,9 +160,9 @@ class Convolution(Affine):
             ]
             left_over = (high - reached[0], wide - reached[1])  # pixels at the end that no window reaches
             values = F.conv_transpose2d(
-                rows.values, self.weight, None, self.stride, self.padding, (0, 0), self.groups, self.dilation
+                rows.values, self.weight, None, self.stride, self.padding, left_over, self.groups, self.dilation
             )
-            return (rows.with_values(F.pad(values, (0, left_over[1], 0, left_over[0]))),)
+            return (rows.with_values(values),)
         values = F.conv_transpose2d(rows.values, self.weight, None, self.stride, 0, 0, self.groups, self.dilation)
         scale, shift = torch.tensor(self.stride), torch.tensor(self.padding)
         corner = rows.corner * scale.to(rows.corner) - shift.to(rows.corner)

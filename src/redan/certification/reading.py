@@ -230,7 +230,8 @@ def _flatten(b: Builder, x: int, start: int = 0, end: int = -1) -> int:
 
 def _squeeze(b: Builder, x: int, dims: Any = None) -> int:
     shape = b.shape(x)
-    axes = [it % (len(shape) + 1) for it in ([dims] if isinstance(dims, int) else dims)]
+    dims = range(1, len(shape) + 1) if dims is None else [dims] if isinstance(dims, int) else dims
+    axes = [it % (len(shape) + 1) for it in dims]
     return b.reshape(x, [size for i, size in enumerate(shape, 1) if not (i in axes and size == 1)])
 
 
@@ -315,8 +316,16 @@ def _cat(b: Builder, xs: list[Any], dim: int = 0) -> int:
 def _pad(b: Builder, x: int, margins: Any, mode: str = "constant", value: float | None = None) -> int:
     if mode != "constant" or value:
         raise b.refuse("padding with anything but zeros")
-    left, right, top, bottom = (*(int(it) for it in margins), 0, 0)[:4]
+    left, right, top, bottom, *more = (*(int(it) for it in margins), 0, 0, 0, 0)[: max(4, len(margins))]
+    if any(more):
+        raise b.refuse("padding of anything but height and width")
     return b.pad(x, (left, right, top, bottom))
+
+
+def _dropout(b: Builder, x: int, share: float, train: bool) -> int:
+    if train:
+        raise b.refuse("dropout that draws in evaluation mode")
+    return x
 
 
 def _permute(b: Builder, x: int, order: Any) -> int:
@@ -350,22 +359,28 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "conv2d": _conv2d,
     "detach": lambda b, x: x,
     "div": _div,
-    "dropout": lambda b, x, *_: x,
+    "clamp_min": lambda b, x, low: b.clamp(x, float(low), None),
+    "dropout": _dropout,
+    "feature_dropout": _dropout,
     "flatten": _flatten,
     "hardtanh": lambda b, x, low=-1.0, high=1.0: b.clamp(x, float(low), float(high)),
+    "hardtanh_": lambda b, x, low=-1.0, high=1.0: b.clamp(x, float(low), float(high)),
     "leaky_relu": lambda b, x, slope=0.01: b.leaky_relu(x, float(slope)),
     "leaky_relu_": lambda b, x, slope=0.01: b.leaky_relu(x, float(slope)),
     "linear": _linear,
     "max_pool2d": _max_pool,
     "mean": _mean,
     "mul": _mul,
+    "mul_": _mul,
     "neg": lambda b, x: b.scale(x, -1.0),
     "pad": _pad,
     "permute": _permute,
     "relu": lambda b, x: b.relu(x),
     "relu_": lambda b, x: b.relu(x),
     "relu6": lambda b, x: b.clamp(x, 0.0, 6.0),
+    "relu6_": lambda b, x: b.clamp(x, 0.0, 6.0),
     "reshape": _view,
+    "rsub": lambda b, x, y, alpha=1: _sub(b, y, x, alpha),
     "slice": _slice,
     "split": _split,
     "split_with_sizes": _split,

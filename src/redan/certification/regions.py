@@ -47,6 +47,13 @@ class Region:
         centre = self.centre if self.centre is None else self.centre.to(device)
         return Region(lower.to(device), upper.to(device), centre, self.ball)
 
+    def inner(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest float32 numbers inside the boxes: what a counterexample may reach."""
+        lower, upper = self.lower.float(), self.upper.float()
+        lower = torch.where(lower < self.lower, torch.nextafter(lower, torch.full_like(lower, torch.inf)), lower)
+        upper = torch.where(upper > self.upper, torch.nextafter(upper, torch.full_like(upper, -torch.inf)), upper)
+        return lower, upper
+
     def part(self, which: Tensor | slice) -> "Region":
         """The regions of some images."""
         centre = None if self.centre is None else self.centre[which]
@@ -63,7 +70,7 @@ class Region:
         least = (terms - slack).flatten(1).sum(1, dtype=torch.float64)
         if self.ball is None or self.centre is None:
             return least
-        coefficients = values.double()
+        coefficients = rows.inside(self.lower.shape[1:]).values.double()
         centre = rows.look(self.centre)
         flat = coefficients.flatten(1)
         dual = flat.norm(dim=1) if isinstance(self.ball, L2) else flat.abs().amax(1)

@@ -107,7 +107,7 @@ class Relaxation:
             lower, upper = self.boxes[position]
             open_ = (lower < 0) & (upper > 0)
             # A hair steeper than the chord: above the ReLU at both ends however the quotient was rounded.
-            slope = (upper / (upper - lower)) * (1 + 4 * torch.finfo(upper.dtype).eps)
+            slope = (upper / 2 / (upper / 2 - lower / 2)) * (1 + 4 * torch.finfo(upper.dtype).eps)
             slope = torch.where(open_, slope.nan_to_num(1.0), (lower >= 0).to(slope))
             zero = torch.where(open_, lower, 0.0)
             default = torch.where(open_, (upper > -lower).to(slope), slope)
@@ -162,7 +162,7 @@ class Relaxation:
         shape = self.network.layers[position].shape
         if len(shape) == 3:
             neuron = neuron // (shape[1] * shape[2])
-        return self.noise(position)[image, neuron].double()
+        return self.noise(position).flatten(1)[image, neuron].double()
 
     def _merge(self, parts: dict[int, Rows], position: int, rows: Rows) -> None:
         if position in parts:
@@ -200,7 +200,8 @@ class Relaxation:
         def through(position: int, rows: Rows) -> Rows:
             lower, upper = self.boxes[position]
             values = rows.whole(self.network.layers[position].shape).values
-            bent[position] = values[:, ((lower < 0) & (upper > 0))[0]]
+            found = values[:, ((lower < 0) & (upper > 0))[0]]
+            bent[position] = bent[position] + found if position in bent else found  # of each ReLU that takes the layer
             return Rows(values * (lower >= 0), rows.image)
 
         images, offset, slack = self._push(functions, through)
@@ -244,7 +245,7 @@ class Relaxation:
         if layer.bias.dim() == 3 and layer.bias.shape[1:] == (1, 1):
             products = values.sum((2, 3)) * layer.bias.flatten()
         else:
-            products = (values * layer.bias).flatten(1)
+            products = (rows.whole(layer.shape).values * layer.bias).flatten(1)
         return products.sum(1, dtype=torch.float64), slack
 
     def chunks(self, position: int, rows: int) -> Iterator[slice]:

@@ -97,8 +97,10 @@ def add(a: Rows, b: Rows, shape: tuple[int, ...]) -> Rows:
     """The sum of two sets of rows about the same images, on a layer of that shape."""
     if a.corner is None or b.corner is None:
         return Rows(a.whole(shape).values + b.whole(shape).values, a.image)
-    # Both began at the same neurons and came by the same strides: their corners differ by a constant.
-    offset = (b.corner - a.corner)[0].tolist() if len(a) else [0, 0]
+    offsets = b.corner - a.corner
+    if bool((offsets != offsets[:1]).any()):  # the branches came by different strides
+        return Rows(a.whole(shape).values + b.whole(shape).values, a.image)
+    offset = offsets[0].tolist() if len(a) else [0, 0]
     low = [min(0, it) for it in offset]
     sizes = [max(a.values.shape[2 + axis], offset[axis] + b.values.shape[2 + axis]) - low[axis] for axis in (0, 1)]
 

@@ -272,13 +272,6 @@ class _Course:
             verdict = replace(verdict, outcome="certified", margin=0.0)
         self._verdicts[i] = verdict
 
-    def _inside(self, region: Region, candidates: Tensor) -> Tensor:
-        """Candidates in float64 as the nearest float32 images of the box."""
-        lower, upper = region.lower.float(), region.upper.float()
-        lower = torch.where(lower < region.lower, torch.nextafter(lower, torch.full_like(lower, torch.inf)), lower)
-        upper = torch.where(upper > region.upper, torch.nextafter(upper, torch.full_like(upper, -torch.inf)), upper)
-        return candidates.float().clamp(lower, upper)
-
     def _branch(self, i: int, region: Region, specification: Specification, bounds: Bounds, left: list[Tensor]) -> bool:
         stages = METHODS[self._verifier.method]
         share = BRANCHING_SHARE if "milp" in stages else 1.0
@@ -286,7 +279,7 @@ class _Course:
 
         def refuted(_: int, images: Tensor) -> bool:
             shape = self._network.input_shape
-            candidates = self._inside(region, images.view(-1, *shape))
+            candidates = images.view(-1, *shape).float().clamp(*region.inner())
             who = torch.full((len(candidates),), i, device=candidates.device)
             return bool(self._refute("branch-and-bound", candidates, who).any())
 
@@ -341,6 +334,6 @@ class _Course:
         for candidate in found.candidates:
             if candidate is not None:
                 device = self._network.device
-                image = self._inside(region, candidate[None]).to(device)
+                image = candidate[None].float().clamp(*region.inner()).to(device)
                 self._refute("milp", image, torch.tensor([i], device=device))
         return bool(found.lower[0] > 0)

@@ -126,7 +126,7 @@ class _Propagation:
         lower, upper = step(layer, [self.bounds[i] for i in layer.inputs], self.sound)
         radius = self._radius(element)
         if self.sound != "off":
-            terms = sum(len(it) for it in element.groups.values()) / max(1, len(element.centre)) + 4
+            terms = sum(int(self.images[it].bincount().max()) for it, g in element.groups.items() if len(g)) + 4
             radius = radius * (1 + 2 * terms * torch.finfo(radius.dtype).eps) + element.slack * 1.01
         low, high = known(element.centre - radius, element.centre + radius)
         if self.sound != "off":
@@ -146,7 +146,8 @@ class _Propagation:
         slack = element.slack.double()
         if self.sound != "off":
             slack = slack + 1e-12 * (element.centre.abs() + self._radius(element)).double()
-        return found - torch.einsum("nmk,nk->nm", weights.abs(), slack)
+        found = found - torch.einsum("nmk,nk->nm", weights.abs(), slack)
+        return found.nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
 
 def _spikes(image: Tensor, neuron: Tensor, size: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ class Zonotope:
             first = _Propagation(network, region, self.sound, slopes)
             margins = first.margins(specification)
         layers = {i: first.bounds[i] for i in targets}
-        if not self.iterations:
+        if not self.iterations or not slopes:
             return Bounds(layers, margins)
         optimiser = torch.optim.Adam([it.requires_grad_() for it in slopes.values()], self.rate)
         for _ in range(self.iterations):

@@ -52,20 +52,22 @@ class _Property:
         self._model = NetworkModule(network)
 
     def attack(self, name: str, who: Tensor) -> Tensor:
-        """Steps along the sign of the gradient, from the middle and from each function's own direction."""
-        lower, upper = self.region.lower.float(), self.region.upper.float()
-        functions = self.specification.weights.shape[1]
-        images = ((lower + upper) / 2).repeat_interleave(functions, 0)
+        """Down the sign of each function's own gradient from the middle of the box, by ever shorter steps."""
+        (lower, upper), count = self.region.inner(), self.specification.weights.shape[1]
+        images = ((lower + upper) / 2).expand(count, *lower.shape[1:]).clone()
+        best, least = images[:1], torch.inf
         for k in range(ATTACK_STEPS[name]):
             images.requires_grad_()
             with torch.enable_grad():
                 values = self.specification.values(self._model(images))
-                own = values.diagonal() if len(values) == functions else values.sum(1)
-                (gradient,) = torch.autograd.grad(own.sum(), images)
-            step = (upper - lower) * (0.5 / (1 + k / 4))
-            images = (images.detach() - step * gradient.sign()).clamp(lower, upper)
-        values = self.specification.worst(self.specification.values(self._model(images)).detach())
-        return images[values.argmin()][None]
+                (gradient,) = torch.autograd.grad(values.diagonal().sum(), images)
+            images = images.detach()
+            worst = self.specification.worst(values.detach())
+            if float(worst.min()) < least:
+                best, least = images[worst.argmin()][None], float(worst.min())
+            step = (upper - lower) * 0.5 * (1 - k / ATTACK_STEPS[name])
+            images = (images - step * gradient.sign()).clamp(lower, upper)
+        return best
 
     def refutes(self, candidates: Tensor, who: Tensor) -> Tensor:
         inside = (candidates.double() >= self.region.lower) & (candidates.double() <= self.region.upper)

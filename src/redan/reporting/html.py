@@ -189,16 +189,16 @@ def _curves(runs: dict[str, Run]) -> list[_Curves]:
     """One figure for each data set and norm that has curves."""
     groups: dict[tuple[str, str], list[tuple[str, str, _Points, _Points]]] = {}
     for name, run in runs.items():
-        drawn = set()
+        drawn: list[_Points] = []
         for result in run.results:
             it = result.evaluation
             lower = it.certified_curve or _proved(run, it)
             if it.curve or lower:
-                drawn.add(it.threat)
+                drawn.append(lower)
                 key = (it.dataset, it.threat.partition(":")[0])
                 groups.setdefault(key, []).append((name, result.name, it.curve, lower))
         for proved in run.certificates:
-            if proved.curve and proved.threat not in drawn:
+            if proved.curve and proved.curve not in drawn:
                 key = (proved.dataset, proved.threat.partition(":")[0])
                 groups.setdefault(key, []).append((name, f"certified by {proved.method}", (), proved.curve))
     figures = []

@@ -106,6 +106,7 @@ def read_run(folder: Path) -> Run:
     if not isinstance(recipe, dict):
         raise UserError(f"{source} is not a recipe: it must be a mapping with name, data, model and method")
     results = sorted((folder / "results").glob("*.json"))
+    proofs = sorted((folder / CERTIFICATES).glob("*.json"))
     return Run(
         folder=folder,
         recipe=recipe,
@@ -113,10 +114,10 @@ def read_run(folder: Path) -> Run:
         environment=_environment(folder / "environment.json"),
         metrics=_metrics(folder / "metrics.jsonl"),
         results=[_result(path) for path in results],
-        certificates=_certificates(folder / CERTIFICATES),
+        certificates=_certificates(proofs),
         analysis=Analysis.load(folder / ANALYSIS) if (folder / ANALYSIS).exists() else None,
         study=_study(folder / DIFFICULTY) if (folder / DIFFICULTY).exists() else None,
-        date=max(datetime.fromtimestamp(path.stat().st_mtime, UTC).date() for path in results or [source]),
+        date=max(datetime.fromtimestamp(path.stat().st_mtime, UTC).date() for path in [*results, *proofs] or [source]),
     )
 
 
@@ -176,10 +177,10 @@ def _result(path: Path) -> Result:
     return Result(path.stem, evaluation, tensors["images"], tensors["adversarials"], inside)
 
 
-def _certificates(folder: Path) -> list[Certificates]:
-    """Those of a folder, the shards of each joined."""
+def _certificates(paths: Sequence[Path]) -> list[Certificates]:
+    """Those in the files, the shards of each joined."""
     groups: dict[str, list[Certificates]] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in paths:
         found = Certificates.load(path)
         groups.setdefault(found.fingerprint if found.shard != (1, 1) else str(path), []).append(found)
     return [Certificates.join(parts) for parts in groups.values()]
