@@ -166,7 +166,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "cropped": (lambda x, y: F.pad(y, (-1, 0, 0, 0)), "only images can be padded, by 0 or more"),
     "constant": (lambda x, y: torch.ones(len(x), 3), "logits do not depend on the images"),
     "noise": (lambda x, y: y + torch.rand_like(y), "'rand_like' cannot be certified"),
-    "drop": (lambda x, y: F.dropout(y, 0.5, True), "does it draw at random"),
+    "drop": (lambda x, y: F.dropout(y, 0.5, True), "dropout that draws in evaluation mode"),
     "control flow": (lambda x, y: y if y.sum() > 0 else -y, "cannot be read as a graph"),
 }
 

@@ -26,6 +26,9 @@ from redan.certification.rows import Rows
 # Roundings beside those of the sum: of the weights where they were folded, of slopes above the layer, of l and u.
 SPARE_ROUNDINGS = 8
 
+# Channels up to which a transposed convolution is computed without oneDNN.
+FEW_CHANNELS = 4
+
 
 @dataclass(frozen=True, eq=False)
 class Layer(ABC):
@@ -153,20 +156,30 @@ class Convolution(Affine):
 
     def pull(self, rows: Rows) -> tuple[Rows, ...]:
         if rows.corner is None:
-            (high, wide), kernel = self.input_shape[1:], self.weight.shape[2:]
-            reached = [
-                (n - 1) * s - 2 * p + d * (k - 1) + 1
-                for n, s, p, d, k in zip(self.shape[1:], self.stride, self.padding, self.dilation, kernel, strict=True)
-            ]
-            left_over = (high - reached[0], wide - reached[1])  # pixels at the end that no window reaches
-            values = F.conv_transpose2d(
-                rows.values, self.weight, None, self.stride, self.padding, left_over, self.groups, self.dilation
-            )
-            return (rows.with_values(values),)
-        values = F.conv_transpose2d(rows.values, self.weight, None, self.stride, 0, 0, self.groups, self.dilation)
+            return (rows.with_values(self._transposed(rows.values, self.input_shape[1:], self.padding)),)
+        reached = self._reached(rows.values, (0, 0))
+        values = self._transposed(rows.values, reached, (0, 0))
         scale, shift = torch.tensor(self.stride), torch.tensor(self.padding)
         corner = rows.corner * scale.to(rows.corner) - shift.to(rows.corner)
         return (Rows(values, rows.image, corner).bounded(self.input_shape),)
+
+    def _reached(self, values: Tensor, padding: tuple[int, int]) -> tuple[int, ...]:
+        """Height and width of what the windows cover, without the padding."""
+        sizes = zip(values.shape[2:], self.stride, padding, self.dilation, self.weight.shape[2:], strict=True)
+        return tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in sizes)
+
+    def _transposed(self, values: Tensor, size: tuple[int, ...], padding: tuple[int, int]) -> Tensor:
+        """The transposed convolution, onto images of that size."""
+        if self.groups == 1 and self.weight.shape[1] <= FEW_CHANNELS:
+            # oneDNN is slow where it has few channels to fill a vector with: a product and a sum of columns instead.
+            columns = self.weight.flatten(1).t() @ values.flatten(2)
+            kernel = self.weight.shape[2:]
+            return F.fold(columns, size, kernel, self.dilation, padding, self.stride)
+        left_over = [a - b for a, b in zip(size, self._reached(values, padding), strict=True)]
+        values = values.contiguous(memory_format=torch.channels_last)
+        return F.conv_transpose2d(
+            values, self.weight, None, self.stride, padding, left_over, self.groups, self.dilation
+        )
 
 
 @dataclass(frozen=True, eq=False)

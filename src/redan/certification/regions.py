@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redan.certification.rows import Rows
+from redan.certification.rows import Rows, total
 from redan.threats import L1, L2, Linf, LpBall
 
 
@@ -62,12 +62,12 @@ class Region:
     def least(self, rows: Rows) -> Tensor:
         """A lower bound of each row's least value on its region, ``(rows,)`` in float64; differentiable."""
         values = rows.values
-        lower, upper = rows.look(self.lower), rows.look(self.upper)
+        positive = values.relu()
+        terms = torch.addcmul(positive * rows.look(self.lower), values - positive, rows.look(self.upper))
         # Products in the rows' type, each rounded once; their sum in float64.
-        terms = torch.where(values > 0, values * lower, values * upper)
-        size = torch.maximum(lower.abs(), upper.abs())
-        slack = 2 * torch.finfo(values.dtype).eps * (values.abs() * size)
-        least = (terms - slack).flatten(1).sum(1, dtype=torch.float64)
+        size = torch.maximum(self.lower.abs(), self.upper.abs()).flatten(1).amax(1)
+        slack = 2 * torch.finfo(values.dtype).eps * total(values.abs()) * size[rows.image]
+        least = total(terms) - slack
         if self.ball is None or self.centre is None:
             return least
         coefficients = rows.inside(self.lower.shape[1:]).values.double()

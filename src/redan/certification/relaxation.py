@@ -22,7 +22,7 @@ from redan.certification.interval import Box, magnitude, step
 from redan.certification.network import Add, Affine, Convolution, Linear, Network, Relu, Scale
 from redan.certification.regions import Region
 from redan.certification.rounding import SoundFloat, gamma, relative_error, smallest
-from redan.certification.rows import Rows, add
+from redan.certification.rows import Rows, add, total
 
 # Coefficients that are worked on at once: as many as a processor's cache holds some copies of.
 CHUNK = 2**20
@@ -150,6 +150,7 @@ class Relaxation:
                 constant += sign * layer.bias.double().flatten()[channel]
                 slack += self._uncertain(position, image, neuron)
                 values = layer.weight[channel] * sign[:, None, None, None]
+                values = values.contiguous(memory_format=torch.channels_last)
                 corner = corner * torch.tensor(layer.stride).to(corner) - torch.tensor(layer.padding).to(corner)
                 parts[layer.inputs[0]] = Rows(values, image, corner).bounded(layer.input_shape)
             else:
@@ -229,11 +230,11 @@ class Relaxation:
     def _relu(self, position: int, rows: Rows, slopes: Slopes | None) -> tuple[Rows, Tensor]:
         slope, zero, default = self.lines(position)
         below = rows.look(default) if slopes is None else slopes(rows, position)
-        values = rows.values * torch.where(rows.values > 0, below, rows.look(slope))
-        constant = values.clamp(max=0) * rows.look(zero)
-        # For A > 0 the lower line goes through the origin; zero <= 0 makes the product at least 0 elsewhere.
-        constant = torch.where(rows.values < 0, constant, 0.0)
-        return rows.with_values(values), -constant.flatten(1).sum(1, dtype=torch.float64)
+        # Positive and negative parts: torch.where costs ten times a product, and one of the two terms is always 0.
+        positive = rows.values.relu()
+        negative = (rows.values - positive) * rows.look(slope)
+        constant = total(negative * rows.look(zero))
+        return rows.with_values(torch.addcmul(negative, positive, below)), -constant
 
     def _affine(self, position: int, layer: Affine, rows: Rows) -> tuple[Tensor, Tensor]:
         """``A b``, and what the layer's rounding may make of ``A``: ``(r,)`` each, float64."""

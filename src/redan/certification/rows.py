@@ -42,21 +42,16 @@ class Rows:
     def look(self, layer: Tensor) -> Tensor:
         """What each row sees of a layer's tensor ``(n, *shape)``: like ``values``, with zeros over the edge."""
         if self.corner is None:
-            return layer[self.image]
-        kh, kw = self.values.shape[2:]
-        low = self.corner.amin(0).clamp(max=0).tolist()
-        high = (self.corner.amax(0) + torch.tensor([kh, kw]).to(self.corner)).tolist()
-        height, width = layer.shape[2:]
-        over = (-low[1], max(high[1] - width, 0), -low[0], max(high[0] - height, 0))
-        padded = F.pad(layer, over) if any(over) else layer
-        windows = padded.unfold(2, kh, 1).unfold(3, kw, 1).permute(0, 2, 3, 1, 4, 5)
-        # Many rows look through one window (a channel each): gather each window once.
-        down, across = self.corner[:, 0] - low[0], self.corner[:, 1] - low[1]
-        place = (self.image * windows.shape[1] + down) * windows.shape[2] + across
-        places, which = torch.unique(place, return_inverse=True)
-        across, down = places % windows.shape[2], places // windows.shape[2]
-        seen = windows[down // windows.shape[1], down % windows.shape[1], across]
-        return seen[which]
+            return layer.index_select(0, self.image)
+        (kh, kw), (channels, high, wide) = self.values.shape[2:], layer.shape[1:]
+        down = self.corner[:, :1] + torch.arange(kh, device=self.corner.device)
+        across = self.corner[:, 1:] + torch.arange(kw, device=self.corner.device)
+        # Pixel by pixel, all channels of one side by side, and one pixel of zeros for what lies over the edge.
+        pixels = torch.cat([layer.permute(0, 2, 3, 1).reshape(-1, channels), layer.new_zeros(1, channels)])
+        place = ((self.image[:, None] * high + down) * wide)[:, :, None] + across[:, None, :]
+        inside = ((down >= 0) & (down < high))[:, :, None] & ((across >= 0) & (across < wide))[:, None, :]
+        place = torch.where(inside, place, len(pixels) - 1)
+        return pixels.index_select(0, place.flatten()).view(len(self), kh, kw, channels).permute(0, 3, 1, 2)
 
     def inside(self, shape: tuple[int, ...]) -> "Rows":
         """The same rows with zeros over the edge of a layer of that shape."""
@@ -91,6 +86,11 @@ class Rows:
         if self.corner is None or self.values.shape[2] * self.values.shape[3] < shape[1] * shape[2]:
             return self
         return self.whole(shape)
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of each row's numbers, ``(rows, ...)`` to ``(rows,)`` in float64, in whatever memory format."""
+    return values.sum(tuple(range(1, values.dim())), dtype=torch.float64)
 
 
 def add(a: Rows, b: Rows, shape: tuple[int, ...]) -> Rows:
