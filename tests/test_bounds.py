@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from redan.certification import interval
 from redan.certification.alpha_crown import AlphaCrown
@@ -16,6 +16,7 @@ from redan.certification.building import Builder
 from redan.certification.crown import Crown
 from redan.certification.interval import Box, Interval
 from redan.certification.network import Convolution, Layer, Linear, Network
+from redan.certification.reading import read_network
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.relaxation import Relaxation
 from redan.certification.rounding import SoundFloat, check_sound_float, gamma
@@ -650,3 +651,28 @@ def test_the_checker_sees_one_number() -> None:
         margins = bounds.margins.clone()
         margins[0, 1] = value
         assert violations(replace(bounds, margins=margins), found, specification) == len(x)
+
+
+@pytest.mark.parametrize(
+    "bounder", [Interval(), Crown(), AlphaCrown(iterations=2), Zonotope()], ids=lambda it: type(it).__name__
+)
+def test_reduced_precision_that_the_caller_allows_elsewhere_is_not_used(
+    bounder: Interval | Crown | AlphaCrown | Zonotope,
+) -> None:
+    draws = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draws))
+    network = read_network(model, (1, 16, 16))
+    images = torch.rand(64, 1, 16, 16, generator=draws)
+    region, specification = Region.around(images, Linf(0)), Specification.robust(torch.zeros(64, dtype=torch.int64), 3)
+    expected = bounder(network.to(torch.float32), region, specification)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = bounder(network.to(torch.float32), region, specification)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found.margins, expected.margins)

@@ -14,7 +14,7 @@ from redan.certification.crown import specify, tighten_open
 from redan.certification.network import Network
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.relaxation import Functions, Relaxation
-from redan.certification.rounding import SoundFloat
+from redan.certification.rounding import SoundFloat, full_products
 from redan.certification.rows import Rows
 
 
@@ -36,6 +36,7 @@ class AlphaCrown:
     until_shown: bool = False
     sound: SoundFloat = "exact"
 
+    @full_products()
     def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
         relaxation = Relaxation(network, region, self.sound)
         targets = {i for relu in network.relus for i in network.layers[relu].inputs}

@@ -15,7 +15,7 @@ from torch import Tensor
 from redan.certification.network import Network
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.relaxation import Functions, Relaxation
-from redan.certification.rounding import SoundFloat, known
+from redan.certification.rounding import SoundFloat, full_products, known
 from redan.certification.rows import Rows
 
 # Lower bounds of functions: a relaxation and the functions, to ``(r,)`` in float64.
@@ -34,6 +34,7 @@ class Crown:
     intermediate: Literal["crown", "interval"] = "crown"
     sound: SoundFloat = "exact"
 
+    @full_products()
     @torch.no_grad()
     def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
         relaxation = Relaxation(network, region, self.sound)

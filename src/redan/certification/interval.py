@@ -8,7 +8,7 @@ from torch import Tensor
 
 from redan.certification.network import Affine, Layer, Linear, Network, Relu, Reshape
 from redan.certification.regions import Bounds, Region, Specification
-from redan.certification.rounding import SoundFloat, known, relative_error, smallest
+from redan.certification.rounding import SoundFloat, full_products, known, relative_error, smallest
 from redan.certification.rows import Rows
 
 Box = tuple[Tensor, Tensor]
@@ -57,6 +57,7 @@ class Interval:
 
     sound: SoundFloat = "exact"
 
+    @full_products()
     def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
         boxes = propagate(network, region, self.sound)
         layers = {i: boxes[i] for relu in network.relus for i in network.layers[relu].inputs}

@@ -8,6 +8,8 @@ Sums may be in any order, with or without fused multiply-add; arithmetic that ch
 Winograd's and Fourier's convolutions) is not covered, and redan's own bounds are computed without it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +19,18 @@ from redan.certification.network import SPARE_ROUNDINGS, Affine
 from redan.errors import unknown
 
 SoundFloat = Literal["exact", "network", "off"]
+
+
+@contextmanager
+def full_products() -> Iterator[None]:
+    """Products of float32 numbers as such: no TF32 and no bfloat16, whatever the caller has allowed elsewhere."""
+    cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def check_sound_float(mode: str) -> None:

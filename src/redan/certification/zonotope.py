@@ -21,7 +21,7 @@ from torch import Tensor
 from redan.certification.interval import step
 from redan.certification.network import Affine, Network, Relu
 from redan.certification.regions import Bounds, Region, Specification
-from redan.certification.rounding import SoundFloat, known, relative_error, smallest
+from redan.certification.rounding import SoundFloat, full_products, known, relative_error, smallest
 
 # Numbers that the generators of one layer may have before a batch is cut into parts.
 CHUNK = 2**26
@@ -172,6 +172,7 @@ class Zonotope:
     rate: float = 0.1
     sound: SoundFloat = "exact"
 
+    @full_products()
     def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
         widest = max(torch.Size(layer.shape).numel() for layer in network.layers)
         together = max(1, CHUNK // (torch.Size(network.input_shape).numel() * widest))
