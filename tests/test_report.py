@@ -481,6 +481,7 @@ def test_bracket_is_drawn_of_the_same_images_only(run: Path) -> None:
     page = report(run)
     (label,) = [label for label in figures(page) if label.startswith("Accuracy against radius")]
     assert "45.0 % at 0.0314" in label and "80.0 % certified at 0, 30.0 % at 0.0314" in label
+    assert page.rows[1][1:4] == ["80.00 % 70.8 – 87.3", "45.00 % 35.0 – 55.3", "30.00 % 21.2 – 40.0"]
     # Of other images the proof is a line by itself, and no bracket.
     certificates(*proofs[:50], curve=points(40, 20, samples=50)).save(run / "certificates" / "all.json")
     page = report(run)

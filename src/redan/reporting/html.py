@@ -121,6 +121,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         diagnostics={title: checks for title, result in evaluated.items() if (checks := result.evaluation.diagnostics)},
         galleries={title: _gallery(result) for title, result in evaluated.items() if len(result.images)},
         certificates={name: run.certificates for name, run in read.items() if run.certificates},
+        certified=_certified,
         settled=_settled,
         share=_share,
         convergence=_convergence,
@@ -192,7 +193,8 @@ def _curves(runs: dict[str, Run]) -> list[_Curves]:
         drawn: list[_Points] = []
         for result in run.results:
             it = result.evaluation
-            lower = it.certified_curve or _proved(run, it)
+            proof = _proof(run, it)
+            lower = it.certified_curve or (() if proof is None else proof.curve)
             if it.curve or lower:
                 drawn.append(lower)
                 key = (it.dataset, it.threat.partition(":")[0])
@@ -221,10 +223,18 @@ def _curves(runs: dict[str, Run]) -> list[_Curves]:
     return figures
 
 
-def _proved(run: Run, evaluation: Evaluation) -> _Points:
-    """What was certified of the same images within the same threat."""
+def _proof(run: Run, evaluation: Evaluation) -> Certificates | None:
+    """What was certified of the same images within the same threat, apart from the evaluation itself."""
     asked = (evaluation.threat, evaluation.samples, evaluation.checkpoint)
-    return next((it.curve for it in run.certificates if (it.threat, it.images, it.checkpoint) == asked), ())
+    return next((it for it in run.certificates if (it.threat, it.images, it.checkpoint) == asked), None)
+
+
+def _certified(run: Run, evaluation: Evaluation) -> Accuracy | None:
+    """The lower side of an evaluation's bracket."""
+    if evaluation.certified_accuracy is not None:
+        return _share(evaluation.certified_accuracy, evaluation.samples)
+    proof = _proof(run, evaluation)
+    return None if proof is None else proof.proved
 
 
 def _gallery(result: Result) -> list[_Picture]:
