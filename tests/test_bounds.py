@@ -15,7 +15,7 @@ from redan.certification.alpha_crown import AlphaCrown
 from redan.certification.building import Builder
 from redan.certification.crown import Crown
 from redan.certification.interval import Box, Interval
-from redan.certification.network import Convolution, Layer, Linear, Network
+from redan.certification.network import Convolution, Input, Layer, Linear, Network, Relu
 from redan.certification.reading import read_network
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.relaxation import Relaxation
@@ -676,3 +676,34 @@ def test_reduced_precision_that_the_caller_allows_elsewhere_is_not_used(
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(found.margins, expected.margins)
+
+
+@pytest.mark.parametrize(("neurons", "every"), [(1024, 256), (384, 384), (256, 256)])
+def test_sums_over_outputs_are_rounded_too(neurons: int, every: int) -> None:
+    """Backwards a coefficient is a sum over the layer's outputs: here one of many numbers just too small to count."""
+    weight = torch.full((neurons, 8), 0.0, dtype=torch.float64)
+    weight[:, 0] = 0.99 * 2**-24
+    weight[::every, 0] = 1
+    total = float(weight.float().double()[:, 0].sum())
+    lower, upper = torch.zeros(1, 8, dtype=torch.float64), torch.zeros(1, 8, dtype=torch.float64)
+    lower[0, 0], upper[0, 0] = 0.5 + 2**-12, 0.5 + 2**-11  # every ReLU of x - 1/2 is on
+    worst = total * (float(upper[0, 0]) - 0.5)
+    lost = (total - float((torch.ones(9, neurons) @ weight.float())[0, 0])) * 0.5
+    assert lost > 0
+    last, bias = torch.ones(10, neurons, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
+    last[0], bias[0] = 0, worst - 0.1 * lost
+    bias = bias.float().double()
+    first = weight.float().double()
+    network = Network(
+        [
+            Input("input", (), (8,)),
+            Linear("first", (0,), (neurons,), first, -first[:, 0] / 2, first[:, 0] / 2),
+            Relu("relu", (1,), (neurons,)),
+            Linear("last", (2,), (10,), last, bias, bias.abs()),
+        ]
+    ).to(torch.float32)
+    region, specification = Region(lower, upper), Specification.robust(torch.tensor([0]), 10)
+    exact = float(bias[0]) - worst
+    assert float(Crown(sound="off")(network, region, specification).margins.min()) > exact
+    for sound in ("exact", "network"):
+        assert float(Crown(sound=sound)(network, region, specification).margins.min()) <= exact

@@ -303,6 +303,8 @@ def certify(
 ) -> None:
     """Prove what can be proved of test images: that nothing within the threat changes their label."""
     if vnnlib is not None:
+        if (threat, samples, fail_under, out, data) != (None,) * 5 or resume or shard != "1/1":
+            raise UserError("--vnnlib names its own inputs and gives one verdict: leave out what is about test images")
         _decide(run, vnnlib, method, timeout, sound_float, input_mean, input_std, counterexample, as_json)
         return
     if counterexample is not None:

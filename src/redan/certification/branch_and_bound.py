@@ -95,6 +95,7 @@ class BranchAndBound:
         *,
         deadline: float,
         refuted: Callable[[int, Tensor], bool],
+        together: bool = False,
     ) -> tuple[list[bool | None], Tensor, list[int]]:
         """Solve problems side by side.
 
@@ -102,6 +103,7 @@ class BranchAndBound:
             problems: that are to be shown.
             deadline: in terms of ``time.monotonic``.
             refuted: is asked whether an image, ``(k, d)`` float64, of a problem is a counterexample.
+            together: whether all must be shown, so that one that is refuted or given up ends the work on the others.
 
         Returns:
             Of each problem whether it was shown (True), refuted (False) or neither (None), its lower bound ``(p,)``,
@@ -124,7 +126,8 @@ class BranchAndBound:
                 verdicts[k] = False
             elif n:
                 queues[k] = _Queue(root.part(k, slice(None)), bound[k])
-        while queues and time.monotonic() < deadline:
+        lost = [k for k in range(count) if verdicts[k] is not True and k not in queues]
+        while queues and time.monotonic() < deadline and not (together and lost):
             active = sorted(queues)
             picked = [queues[k].worst(self.batch // 2) for k in active]
             width = max(len(bounds) for _, bounds in picked)
@@ -140,6 +143,7 @@ class BranchAndBound:
                     verdicts[k] = False
                     lower[k] = min(float(bound[j, mine].min()), queues[k].lowest)
                     del queues[k]
+                    lost.append(k)
                     continue
                 left = mine[(bound[j, mine] <= 0).cpu()]
                 rest, bounds, stuck = self._settle(some, j, children.part(j, left), bound[j, left])
@@ -147,6 +151,8 @@ class BranchAndBound:
                 lower[k] = queues[k].lowest
                 if not len(queues[k]):
                     verdicts[k], lower[k] = True, 0.0
+                if len(queues[k]) and (stuck or visited[k] >= self.limit):
+                    lost.append(k)
                 if not len(queues[k]) or stuck or visited[k] >= self.limit:
                     del queues[k]
         return verdicts, lower, visited

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from redan.certification.network import Affine, Layer, Linear, Network, Relu, Reshape
 from redan.certification.regions import Bounds, Region, Specification
-from redan.certification.rounding import SoundFloat, full_products, known, relative_error, smallest
+from redan.certification.rounding import SoundFloat, full_products, known, pulled_error, relative_error, smallest
 from redan.certification.rows import Rows
 
 Box = tuple[Tensor, Tensor]
@@ -69,7 +69,7 @@ class Interval:
         while isinstance(layer := network.layers[position], Linear | Reshape):
             (before,) = layer.inputs
             if isinstance(layer, Linear):
-                error = relative_error(layer, network.dtype, self.sound) * magnitude(layer, [boxes[before]])
+                error = pulled_error(layer, network.dtype, self.sound) * magnitude(layer, [boxes[before]])
                 noise = error + smallest(layer, network.dtype, self.sound)
                 margins += (rows.values * layer.bias - rows.values.abs() * noise[image]).double().sum(1)
             (rows,) = layer.pull(rows)

@@ -87,6 +87,11 @@ class Affine(Layer):
         """Roundings of a product on its way into the output, those to spare included; 0 where nothing is computed."""
         return 0
 
+    @property
+    def pulled(self) -> int:
+        """Products that ``pull`` sums up in one coefficient at the most: it adds over outputs, not inputs."""
+        return 0
+
     def linear(self, *x: Tensor) -> Tensor:
         """``W x``."""
         return self(*x)
@@ -114,6 +119,10 @@ class Linear(Affine):
     @property
     def roundings(self) -> int:
         return self.weight.shape[1] + SPARE_ROUNDINGS
+
+    @property
+    def pulled(self) -> int:
+        return self.weight.shape[0]
 
     def linear(self, *x: Tensor) -> Tensor:
         return F.linear(x[0], self.weight)
@@ -147,6 +156,10 @@ class Convolution(Affine):
     @property
     def roundings(self) -> int:
         return prod(self.weight.shape[1:]) + SPARE_ROUNDINGS
+
+    @property
+    def pulled(self) -> int:
+        return self.weight.shape[0] // self.groups * prod(self.weight.shape[2:])
 
     def linear(self, *x: Tensor) -> Tensor:
         return self._convolve(x[0], self.weight, None)

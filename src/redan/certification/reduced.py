@@ -150,7 +150,7 @@ def _block(
     size = pixels.abs() @ image + constant.abs()
     for matrix, block in zip(before, blocks.values(), strict=True):
         size = size + matrix.abs() @ block.upper[0]
-    terms = pixels.shape[1] + sum(it.shape[1] for it in before) + 16
+    terms = sum(pixels.shape) + sum(it.shape[1] for it in before) + 16
     if relaxation.sound != "off":
         slack = slack + gamma(terms, pixels.dtype) * size + terms * torch.finfo(pixels.dtype).tiny
     unknown = torch.full_like(constant, torch.inf)

@@ -8,7 +8,8 @@ any ``alpha`` in [0, 1] (where ``y`` is always positive A' = A, where it never i
 layer as it is. What is left at the input is minimised over the region. An upper bound is a lower one of ``-A z``.
 
 Rounding. A coefficient that is computed as ``A W`` with an error costs at most that error times the size of what it is
-multiplied with, ``|x|``; summed up, no more than ``gamma_n |A| (|W| |x| + |b|)``. The second factor is known in
+multiplied with, ``|x|``; summed up, no more than ``gamma_n |A| (|W| |x| + |b|)``, n the outputs that it is summed over,
+and as much again for the layer's own n. The second factor is known in
 advance for each image (``noise``), so that soundness costs one sum of ``|A|`` a layer.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from redan.certification.interval import Box, magnitude, step
 from redan.certification.network import Add, Affine, Convolution, Linear, Network, Relu, Scale
 from redan.certification.regions import Region
-from redan.certification.rounding import SoundFloat, gamma, relative_error, smallest
+from redan.certification.rounding import SoundFloat, gamma, pulled_error, smallest
 from redan.certification.rows import Rows, add, total
 
 # Coefficients that are worked on at once: as many as a processor's cache holds some copies of.
@@ -96,7 +97,7 @@ class Relaxation:
             size = magnitude(layer, [self.boxes[i] for i in layer.inputs])
             # Products A b are summed over a channel in this type before they are summed in float64.
             spread = gamma(size[0, 0].numel(), dtype) if self.sound != "off" and size.dim() == 4 else 0.0
-            error = relative_error(layer, dtype, self.sound) + spread
+            error = pulled_error(layer, dtype, self.sound) + spread
             found = error * size + smallest(layer, dtype, self.sound)
             self._noise[position] = 1.01 * (found.amax((2, 3)) if found.dim() == 4 else found)
         return self._noise[position]

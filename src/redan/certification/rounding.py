@@ -24,10 +24,11 @@ SoundFloat = Literal["exact", "network", "off"]
 @contextmanager
 def full_products() -> Iterator[None]:
     """Products of float32 numbers as such: no TF32 and no bfloat16, whatever the caller has allowed elsewhere."""
-    cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+        # Without cuDNN, which would choose Winograd's convolutions where it finds them faster.
+        with torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
@@ -52,6 +53,13 @@ def relative_error(layer: Affine, dtype: torch.dtype, mode: SoundFloat) -> float
     roundings = layer.roundings + SPARE_ROUNDINGS
     own = gamma(roundings, dtype)
     return own if mode == "exact" or not layer.roundings else own + gamma(roundings, torch.float32)
+
+
+def pulled_error(layer: Affine, dtype: torch.dtype, mode: SoundFloat) -> float:
+    """The same for coefficients pushed back through the layer in ``dtype``, too: these are sums over its outputs."""
+    if mode == "off":
+        return 0.0
+    return relative_error(layer, dtype, mode) + gamma(layer.pulled + SPARE_ROUNDINGS, dtype)
 
 
 def smallest(layer: Affine, dtype: torch.dtype, mode: SoundFloat) -> float:

@@ -43,11 +43,19 @@ METHODS: dict[str, tuple[str, ...]] = {
     "milp": ("pgd", "crown", "apgd-t", "alpha-crown", "milp"),
 }
 
+# The stages that go image by image, last of all.
+SEARCHES = ("branch-and-bound", "milp")
+
 # Share of an image's time that branch and bound may take where a mixed-integer solver is still to come.
 BRANCHING_SHARE = 0.2
 
+# Open ReLUs times problems that branch and bound holds at once.
+AT_ONCE = 2**15
+
 # Open ReLUs of one image beyond which splitting them, or deciding them by a solver, is hopeless and fills the memory.
 MOST_OPEN = 5000
+
+LONGEST = 1e9  # seconds; beyond, solvers refuse
 
 # Of APGD towards each class. Branch and bound tries the worst images of its bounds besides.
 STRONG_STEPS = 30
@@ -157,8 +165,8 @@ class Verifier:
         if self.method not in METHODS:
             raise unknown("method of certification", self.method, METHODS)
         check_sound_float(self.sound)
-        if not self.timeout > 0:
-            raise UserError(f"--timeout is a number of seconds above 0, got {self.timeout}")
+        if not 0 < self.timeout <= LONGEST:
+            raise UserError(f"--timeout is a number of seconds above 0 and at most {LONGEST:g}, got {self.timeout}")
 
     def __call__(
         self, network: Network, question: Question, *, told: Callable[[str, list[Verdict]], None] = lambda *_: None
@@ -194,13 +202,16 @@ class _Course:
                 break
             if stage in ("pgd", "apgd-t"):
                 self._attack(stage, left)
-            elif stage in ("branch-and-bound", "milp"):
-                for i in left.tolist():
-                    self._search(stage, i)
-                    self._told(stage, self._verdicts)
+            elif stage in SEARCHES:
+                break
             else:
                 self._bound(stage, left)
             self._told(stage, self._verdicts)
+        for i in self._open().tolist():
+            for stage in [it for it in METHODS[self._verifier.method] if it in SEARCHES]:
+                if self._verdicts[i].outcome == "unknown":
+                    self._search(stage, i)
+            self._told("search", self._verdicts)
         return self._verdicts
 
     def _open(self) -> Tensor:
@@ -283,15 +294,18 @@ class _Course:
             who = torch.full((len(candidates),), i, device=candidates.device)
             return bool(self._refute("branch-and-bound", candidates, who).any())
 
-        shown = True
+        is_open = sum(int(((low < 0) & (high > 0)).sum()) for low, high in bounds.layers.values())
+        # Problems side by side: as many as memory bears, with as many functions each.
+        most = max(1, AT_ONCE // max(1, is_open))
         for count in sorted({len(rows) for rows in left}):
             some = [rows for rows in left if len(rows) == count]
-            problems = reduce(self._network, region, specification, bounds.layers, some, self._verifier.sound)
-            verdicts, _, _ = BranchAndBound()(problems, deadline=deadline, refuted=refuted)
-            shown &= all(it is True for it in verdicts)
-            if not shown:
-                return False
-        return shown
+            for k in range(0, len(some), most):
+                part = some[k : k + most]
+                problems = reduce(self._network, region, specification, bounds.layers, part, self._verifier.sound)
+                verdicts, _, _ = BranchAndBound()(problems, deadline=deadline, refuted=refuted, together=True)
+                if not all(it is True for it in verdicts):
+                    return False
+        return True
 
     def _solve(self, i: int, region: Region, specification: Specification, bounds: Bounds, left: list[Tensor]) -> bool:
         if region.ball is not None:

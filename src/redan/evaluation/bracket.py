@@ -42,6 +42,7 @@ def bracket(evaluation: Evaluation, certificates: Certificates) -> Evaluation:
             "certified": certificates.proved,
             "certified_accuracy": certificates.certified_accuracy,
             "certified_curve": certificates.curve,
+            "certified_timeout": certificates.timeout,
             "attacks": {**evaluation.attacks, VERIFIER: robust.value} if fallen else evaluation.attacks,
             "seconds": round(evaluation.seconds + certificates.seconds, 3),
             "per_image": tuple(rows),

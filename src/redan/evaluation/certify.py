@@ -1,7 +1,7 @@
 """What can be proved of a network on test images: the lower side of the bracket.
 
 Each image is classified; who is right goes through the verifier's cascade; one row an image. What is settled is kept
-at once, so that a kill repeats no more than a batch's cheap bounds.
+at once, so that a kill repeats no more than a batch's cheap bounds and the search on one image.
 """
 
 import time
@@ -119,11 +119,7 @@ def certify(
     else:
         model = normalised(subject.network, input_mean, input_std)
     model = model.to(device).eval()
-    network = _graph(model, shape).to(device=device)
-    if network.classes != len(dataset.class_names):
-        raise UserError(
-            f"the network gives {network.classes} outputs an image; the data have {len(dataset.class_names)} classes"
-        )
+    network = graph_of(model, shape, len(dataset.class_names)).to(device=device)
     started = time.perf_counter()
     settings: dict[str, Any] = {
         "run": subject.name,
@@ -166,7 +162,8 @@ def certify(
         curve=points,
     )
     if folder is not None:
-        (folder / f"{stem}.json").unlink(missing_ok=True)
+        for suffix in (".json", ".safetensors"):
+            (folder / f"{stem}{suffix}").unlink(missing_ok=True)
         found = sorted(work.counterexamples)
         if found:
             pictures = torch.stack([work.counterexamples[i] for i in found])
@@ -176,13 +173,21 @@ def certify(
     return result
 
 
-def _graph(model: nn.Module, shape: tuple[int, ...]) -> Network:
-    """The network as a graph on images of that shape, in float64."""
+def graph_of(model: nn.Module, shape: tuple[int, ...], classes: int) -> Network:
+    """The network as a graph on images of that shape, in float64.
+
+    Raises:
+        UserError: where it cannot be read, or does not fit the images or their classes.
+    """
     if not isinstance(model, NetworkModule):
-        return read_network(model, shape)
-    if torch.Size(model.graph.input_shape).numel() != torch.Size(shape).numel():
+        network = read_network(model, shape)
+    elif torch.Size(model.graph.input_shape).numel() == torch.Size(shape).numel():
+        network = model.graph.taking(shape)
+    else:
         raise UserError(f"the network takes inputs of shape {model.graph.input_shape}; the images have {shape}")
-    return model.graph.taking(shape)
+    if network.classes != classes:
+        raise UserError(f"the network gives {network.classes} outputs an image; the data have {classes} classes")
+    return network
 
 
 class _Work:
@@ -238,13 +243,16 @@ class _Work:
         )
         mine, said = places[right], predictions.cpu()[right]
 
+        last = METHODS[self._verifier.method][-1]
+
         def told(stage: str, verdicts: list[Verdict]) -> None:
-            done = [k for k, it in enumerate(verdicts) if it.outcome != "unknown" and int(mine[k]) not in self.rows]
+            left = [k for k in range(len(verdicts)) if int(mine[k]) not in self.rows]
+            done = [k for k in left if verdicts[k].outcome != "unknown" or verdicts[k].by == last]
             self._write(mine[done], said[done], [verdicts[k] for k in done])
             self._bar.show(Counter(row.verdict for row in self.rows.values()), stage)
 
         verdicts = self._verifier(self._network, question, told=told)
-        open_ = [k for k, it in enumerate(verdicts) if it.outcome == "unknown"]
+        open_ = [k for k in range(len(verdicts)) if int(mine[k]) not in self.rows]
         self._write(mine[open_], said[open_], [verdicts[k] for k in open_])
         self._bar.show(Counter(row.verdict for row in self.rows.values()), "")
 
@@ -331,4 +339,5 @@ def _stem(settings: dict[str, Any], *, named: bool) -> str:
     parts += [f"timeout{settings['timeout']:g}", f"seed{settings['seed']}"]
     part, of = settings["shard"]
     parts += [f"shard{part}of{of}"] if of > 1 else []
+    parts += [settings["weights"][:8]] if named else []  # networks of one name, or of two normalisations
     return "".join(c if c.isalnum() or c in "-+." else "_" for c in "-".join(map(str, parts)))

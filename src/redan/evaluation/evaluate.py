@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from redan.attacks.search import Precision
 from redan.certification.verifier import Verifier
+from redan.data.pipeline import center_crop, to_float
 from redan.data.registry import load_dataset
 from redan.errors import UserError
 from redan.evaluation import diagnose as diagnosis
 from redan.evaluation import randomness
 from redan.evaluation.bracket import bracket
 from redan.evaluation.certify import certify as run_certification
+from redan.evaluation.certify import graph_of
 from redan.evaluation.journal import Journal
 from redan.evaluation.kept import DRAWS, Kept, fingerprint
 from redan.evaluation.pictures import adversarial_images, gallery, on_the_way
@@ -125,6 +127,10 @@ def evaluate(
     if not 1 <= count <= len(dataset.test):
         raise UserError(f"--samples is between 1 and {len(dataset.test)} for {name}, got {samples}")
 
+    if certify:  # what cannot be certified is told before hours of attacks
+        first = to_float(dataset.test.images[:1])
+        shape = (first if subject.size is None else center_crop(first, subject.size)).shape[1:]
+        graph_of(network, tuple(shape), classes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)
     other = None if transfer is None else find_subject(transfer, "best").network.to(device)
@@ -152,7 +158,7 @@ def evaluate(
     kept = Kept(folder, settings, diagnose=diagnose)
 
     def bracketed(result: Evaluation) -> Evaluation:
-        if not certify or result.certified is not None:
+        if not certify or result.certified_timeout == timeout:
             return result
         certificates = run_certification(
             run,

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from redan.certification.network import Network, NetworkModule
 from redan.certification.onnx_files import read_onnx, write_onnx
-from redan.certification.reading import read_network
 from redan.certification.regions import Region, Specification
 from redan.certification.rounding import SoundFloat
 from redan.certification.verifier import Verifier
@@ -22,6 +21,7 @@ from redan.certification.vnnlib import read_vnnlib, write_counterexample, write_
 from redan.data.pipeline import center_crop, to_float
 from redan.data.registry import load_dataset
 from redan.errors import UserError
+from redan.evaluation.certify import BATCH, graph_of
 from redan.evaluation.results import Frozen
 from redan.evaluation.subject import asked_threat, find_subject
 from redan.files import write_atomically
@@ -108,7 +108,8 @@ def decide(
     started, verdict, by = time.perf_counter(), "holds", None
     for region, specification in cases:
         (found,) = verifier(graph, _Property(graph, region, specification))
-        by = found.by
+        if verdict == "holds" or found.outcome != "certified":
+            by = found.by
         if found.outcome == "falsified":
             assert found.counterexample is not None
             verdict = "violated"
@@ -161,6 +162,7 @@ def export(
         UserError: for a mistake in any of these.
     """
     subject, folder = find_subject(run, checkpoint), Path(out)
+    Verifier(timeout=timeout)
     name = data or subject.data
     if name is None:
         raise UserError(f"{subject.name} does not say which images it is for; name them with --data")
@@ -170,7 +172,7 @@ def export(
     ball = LpBall.require(asked_threat(threat, subject), "a VNN-LIB file") if samples else None
     images = to_float(dataset.test.images[: max(samples, 1)])
     images = images if subject.size is None else center_crop(images, subject.size)
-    network = read_network(subject.network, tuple(images.shape[1:]))
+    network = graph_of(subject.network, tuple(images.shape[1:]), len(dataset.class_names))
     path = folder / "network.onnx"
     write_onnx(network, path)
     if ball is None:
@@ -178,7 +180,7 @@ def export(
     labels = dataset.test.labels[:samples]
     regions, specifications = Region.around(images, ball), Specification.robust(labels, network.classes)
     with torch.no_grad():
-        right = subject.network(images).argmax(1) == labels
+        right = torch.cat([subject.network(part).argmax(1) for part in images.split(BATCH)]) == labels
     lines = []
     for i in right.nonzero().squeeze(1).tolist():
         write_vnnlib(folder / f"image-{i}.vnnlib", regions, specifications, i)

@@ -182,6 +182,7 @@ class Evaluation(ResultFile):
     certified: Accuracy | None = None
     certified_accuracy: float | None = None
     certified_curve: tuple[CurvePoint, ...] = ()
+    certified_timeout: float | None = None
     attacks: dict[str, float]
     seconds: float
     model_calls: int
@@ -275,6 +276,7 @@ class Certificates(ResultFile):
         if len(shards) == 1:
             return first
         rows = {row.index: row for part in shards for row in part.per_image}
+        radii = {tuple(point.radius for point in part.curve) for part in shards}
         proved: dict[float, int] = {}
         for part in shards:
             for point in part.curve:
@@ -288,5 +290,7 @@ class Certificates(ResultFile):
             curve=tuple(
                 CurvePoint(radius=radius, accuracy=Accuracy.of(correct, len(rows)))
                 for radius, correct in sorted(proved.items())
-            ),
+            )
+            if len(radii) == 1
+            else (),
         )

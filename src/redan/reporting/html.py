@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from redan.analysis.results import DifficultEntry, Difficulty, Growth
 from redan.errors import UserError
+from redan.evaluation.bracket import bracket
 from redan.evaluation.results import Accuracy, Certificates, CurvePoint, Evaluation, Row
 from redan.files import write_atomically
 from redan.reporting.figures import (
@@ -225,8 +226,16 @@ def _curves(runs: dict[str, Run]) -> list[_Curves]:
 
 def _proof(run: Run, evaluation: Evaluation) -> Certificates | None:
     """What was certified of the same images within the same threat, apart from the evaluation itself."""
-    asked = (evaluation.threat, evaluation.samples, evaluation.checkpoint)
-    return next((it for it in run.certificates if (it.threat, it.images, it.checkpoint) == asked), None)
+    asked = (evaluation.dataset, evaluation.threat, evaluation.checkpoint, evaluation.samples, evaluation.samples)
+    found = [
+        it
+        for it in run.certificates
+        if (it.dataset, it.threat, it.checkpoint, it.images, it.samples) == asked and it.sound_float != "off"
+    ]
+    best = max(found, key=lambda it: it.proved.correct, default=None)
+    if best is not None:
+        bracket(evaluation, best)  # refuses what is both certified and broken
+    return best
 
 
 def _certified(run: Run, evaluation: Evaluation) -> Accuracy | None:

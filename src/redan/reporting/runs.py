@@ -179,10 +179,11 @@ def _result(path: Path) -> Result:
 
 def _certificates(paths: Sequence[Path]) -> list[Certificates]:
     """Those in the files, the shards of each joined."""
-    groups: dict[str, list[Certificates]] = {}
+    groups: dict[tuple[str, int], list[Certificates]] = {}
     for path in paths:
         found = Certificates.load(path)
-        groups.setdefault(found.fingerprint if found.shard != (1, 1) else str(path), []).append(found)
+        key = (str(path), 1) if found.shard == (1, 1) else (found.fingerprint, found.shard[1])
+        groups.setdefault(key, []).append(found)
     return [Certificates.join(parts) for parts in groups.values()]
 
 
