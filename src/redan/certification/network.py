@@ -370,6 +370,17 @@ class Network:
         rest = [replace(layer, inputs=tuple(i + 1 for i in layer.inputs)) for layer in self.layers[1:]]
         return Network([*first, *rest])
 
+    def box_is_exact(self, position: int) -> bool:
+        """Whether intervals are exact in that layer: one layer that mixes at the most, behind elementwise ones."""
+        mixed = 0
+        while position:
+            layer = self.layers[position]
+            if isinstance(layer, Relu) or len(layer.inputs) != 1:
+                return False
+            mixed += isinstance(layer, Linear | Convolution)
+            (position,) = layer.inputs
+        return mixed <= 1
+
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Network":
         """A copy with its weights in that type, on that device."""
         device = self.device if device is None else torch.device(device)

@@ -287,12 +287,5 @@ class Relaxation:
         return widest
 
     def interval_is_exact(self, position: int) -> bool:
-        """Whether a layer's box is the best there is: one layer that mixes, behind elementwise ones, on a box."""
-        mixed = 0
-        while position:
-            layer = self.network.layers[position]
-            if isinstance(layer, Relu) or len(layer.inputs) != 1:
-                return False
-            mixed += isinstance(layer, Linear | Convolution)
-            (position,) = layer.inputs
-        return mixed <= 1 and self.region.ball is None
+        """Whether a layer's box is the best there is."""
+        return self.region.ball is None and self.network.box_is_exact(position)
