@@ -349,6 +349,12 @@ def export(
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",
     data: Annotated[str | None, typer.Option("--data", help="Data set; the run's own if not given.")] = None,
     data_dir: DataDir = None,
+    input_mean: Annotated[
+        str | None, typer.Option("--input-mean", help="For a network without its normalisation.")
+    ] = None,
+    input_std: Annotated[
+        str | None, typer.Option("--input-std", help="Likewise: comma-separated, one a channel.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a network as ONNX, and its robustness as VNN-LIB, for other verifiers and runtimes."""
@@ -363,6 +369,8 @@ def export(
         checkpoint=_checkpoint(checkpoint),
         data=data,
         data_dir=data_dir,
+        input_mean=_numbers(input_mean),
+        input_std=_numbers(input_std),
     )
     print(json.dumps({"network": str(path)})) if as_json else console.print(f"Network: {path}", soft_wrap=True)
 

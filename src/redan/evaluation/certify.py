@@ -26,7 +26,7 @@ from redan.evaluation.kept import fingerprint
 from redan.evaluation.progress import CertificationProgress
 from redan.evaluation.results import CERTIFICATES, Accuracy, Certificates, CertifiedRow, CurvePoint
 from redan.evaluation.stages import CURVE_RADII
-from redan.evaluation.subject import asked_threat, find_subject, normalised
+from redan.evaluation.subject import Subject, asked_threat, find_subject, normalised
 from redan.run import Checkpoint
 from redan.tensors import save_tensors
 from redan.threats import LpBall, Threat
@@ -114,11 +114,7 @@ def certify(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = tuple(images(places[:1]).shape[1:])
-    if isinstance(subject.network, NetworkModule) and isinstance(run, str | Path):
-        model: nn.Module = NetworkModule(read_onnx(Path(run), input_mean, input_std))
-    else:
-        model = normalised(subject.network, input_mean, input_std)
-    model = model.to(device).eval()
+    model = whole_model(run, subject, input_mean, input_std).to(device).eval()
     network = graph_of(model, shape, len(dataset.class_names)).to(device=device)
     started = time.perf_counter()
     settings: dict[str, Any] = {
@@ -171,6 +167,15 @@ def certify(
         result.save(folder / f"{stem}.json")
     journal.close()
     return result
+
+
+def whole_model(
+    run: str | Path | nn.Module, subject: Subject, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> nn.Module:
+    """The subject's network with its normalisation; an ONNX file is read anew, so that its graph has it, too."""
+    if isinstance(subject.network, NetworkModule) and isinstance(run, str | Path):
+        return NetworkModule(read_onnx(Path(run), mean, std))
+    return normalised(subject.network, mean, std)
 
 
 def graph_of(model: nn.Module, shape: tuple[int, ...], classes: int) -> Network:

@@ -21,7 +21,7 @@ from redan.certification.vnnlib import read_vnnlib, write_counterexample, write_
 from redan.data.pipeline import center_crop, to_float
 from redan.data.registry import load_dataset
 from redan.errors import UserError
-from redan.evaluation.certify import BATCH, graph_of
+from redan.evaluation.certify import BATCH, graph_of, whole_model
 from redan.evaluation.results import Frozen
 from redan.evaluation.subject import asked_threat, find_subject
 from redan.files import write_atomically
@@ -141,6 +141,8 @@ def export(
     checkpoint: Checkpoint = "best",
     data: str | None = None,
     data_dir: str | Path | None = None,
+    input_mean: Sequence[float] | None = None,
+    input_std: Sequence[float] | None = None,
 ) -> Path:
     """Write a network as ONNX and its robustness on test images as VNN-LIB, for other verifiers.
 
@@ -154,6 +156,8 @@ def export(
         checkpoint: of a run: ``best`` or ``last``.
         data: the data set; the run's own if None.
         data_dir: the folder of data sets.
+        input_mean: for a network without its normalisation, which the written one then has.
+        input_std: likewise.
 
     Returns:
         The ONNX file.
@@ -172,7 +176,8 @@ def export(
     ball = LpBall.require(asked_threat(threat, subject), "a VNN-LIB file") if samples else None
     images = to_float(dataset.test.images[: max(samples, 1)])
     images = images if subject.size is None else center_crop(images, subject.size)
-    network = graph_of(subject.network, tuple(images.shape[1:]), len(dataset.class_names))
+    model = whole_model(run, subject, input_mean, input_std).eval()
+    network = graph_of(model, tuple(images.shape[1:]), len(dataset.class_names))
     path = folder / "network.onnx"
     write_onnx(network, path)
     if ball is None:
@@ -180,7 +185,7 @@ def export(
     labels = dataset.test.labels[:samples]
     regions, specifications = Region.around(images, ball), Specification.robust(labels, network.classes)
     with torch.no_grad():
-        right = torch.cat([subject.network(part).argmax(1) for part in images.split(BATCH)]) == labels
+        right = torch.cat([model(part).argmax(1) for part in images.split(BATCH)]) == labels
     lines = []
     for i in right.nonzero().squeeze(1).tolist():
         write_vnnlib(folder / f"image-{i}.vnnlib", regions, specifications, i)
