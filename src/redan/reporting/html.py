@@ -3,7 +3,7 @@
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -101,7 +101,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     """
     if not runs:
         raise UserError("a report needs at least one run folder")
-    read = {name: read_run(folder) for name, folder in zip(_names(runs), runs, strict=True)}
+    read = {name: _whole(read_run(folder)) for name, folder in zip(_names(runs), runs, strict=True)}
     evaluated = {f"{name}, {result.name}": result for name, run in read.items() for result in run.results}
     environment = Environment(
         loader=PackageLoader("redan.reporting", ""),
@@ -122,7 +122,6 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         diagnostics={title: checks for title, result in evaluated.items() if (checks := result.evaluation.diagnostics)},
         galleries={title: _gallery(result) for title, result in evaluated.items() if len(result.images)},
         certificates={name: run.certificates for name, run in read.items() if run.certificates},
-        certified=_certified,
         settled=_settled,
         share=_share,
         convergence=_convergence,
@@ -194,8 +193,7 @@ def _curves(runs: dict[str, Run]) -> list[_Curves]:
         drawn: list[_Points] = []
         for result in run.results:
             it = result.evaluation
-            proof = _proof(run, it)
-            lower = it.certified_curve or (() if proof is None else proof.curve)
+            lower = it.certified_curve
             if it.curve or lower:
                 drawn.append(lower)
                 key = (it.dataset, it.threat.partition(":")[0])
@@ -224,26 +222,22 @@ def _curves(runs: dict[str, Run]) -> list[_Curves]:
     return figures
 
 
-def _proof(run: Run, evaluation: Evaluation) -> Certificates | None:
-    """What was certified of the same images within the same threat, apart from the evaluation itself."""
-    asked = (evaluation.dataset, evaluation.threat, evaluation.checkpoint, evaluation.samples, evaluation.samples)
-    found = [
-        it
-        for it in run.certificates
-        if (it.dataset, it.threat, it.checkpoint, it.images, it.samples) == asked and it.sound_float != "off"
-    ]
-    best = max(found, key=lambda it: it.proved.correct, default=None)
-    if best is not None:
-        bracket(evaluation, best)  # refuses what is both certified and broken
-    return best
+def _whole(run: Run) -> Run:
+    """The run with its evaluations as brackets, where the same images within the same threat were certified apart."""
 
+    def bracketed(it: Evaluation) -> Evaluation:
+        asked = (it.dataset, it.threat, it.checkpoint, it.samples, it.samples)
+        proofs = [
+            proof
+            for proof in run.certificates
+            if (proof.dataset, proof.threat, proof.checkpoint, proof.images, proof.samples) == asked
+            and proof.sound_float != "off"
+        ]
+        if it.certified is not None or it.randomised is not None or not proofs:
+            return it
+        return bracket(it, max(proofs, key=lambda proof: proof.proved.correct))
 
-def _certified(run: Run, evaluation: Evaluation) -> Accuracy | None:
-    """The lower side of an evaluation's bracket."""
-    if evaluation.certified_accuracy is not None:
-        return _share(evaluation.certified_accuracy, evaluation.samples)
-    proof = _proof(run, evaluation)
-    return None if proof is None else proof.proved
+    return replace(run, results=[replace(it, evaluation=bracketed(it.evaluation)) for it in run.results])
 
 
 def _gallery(result: Result) -> list[_Picture]:
