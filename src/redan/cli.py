@@ -692,14 +692,11 @@ def _print_certificates(result: Any) -> None:
         *map(str, (result.clean, result.standing, result.proved)),
     ]
     _print_table(("run", "threat", "images", "clean [95 %]", "standing [95 %]", "certified [95 %]"), [row])
-    groups: dict[tuple[str, str], list[float]] = {}
-    for it in result.per_image:
-        groups.setdefault((it.verdict, it.by or "-"), []).append(it.seconds)
     rows = [
-        [verdict, by, str(len(times)), f"{sum(times) / len(times):.3f}", f"{max(times):.2f}"]
-        for (verdict, by), times in groups.items()
+        [verdict, by or "-", str(images), f"{mean:.3f}", f"{most:.2f}"]
+        for verdict, by, images, mean, most in result.settled
     ]
-    _print_table(("verdict", "by", "images", "seconds each", "at most"), sorted(rows))
+    _print_table(("verdict", "by", "images", "seconds each", "at most"), rows)
     if result.curve:
         points = ", ".join(f"{100 * it.accuracy.value:.2f} % at {it.radius:.4g}" for it in result.curve)
         console.print(f"certified at each radius: {points}", soft_wrap=True, markup=False)

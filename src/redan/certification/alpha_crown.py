@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from redan.certification.adam import Moments
 from redan.certification.crown import specify, tighten_open
 from redan.certification.network import Network
 from redan.certification.regions import Bounds, Region, Specification
@@ -39,7 +40,7 @@ class AlphaCrown:
     @full_products()
     def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
         relaxation = Relaxation(network, region, self.sound)
-        targets = {i for relu in network.relus for i in network.layers[relu].inputs}
+        targets = network.bent
         for _ in network.layers:
             position = relaxation.extend()
             if position in targets and not relaxation.interval_is_exact(position):
@@ -47,7 +48,7 @@ class AlphaCrown:
                     tighten_open(relaxation, position)
                 tighten_open(relaxation, position, self.optimise)
         margins = specify(relaxation, specification, self.optimise)
-        return Bounds({i: relaxation.boxes[i] for i in sorted(targets)}, margins)
+        return Bounds({i: relaxation.boxes[i] for i in targets}, margins)
 
     def optimise(self, relaxation: Relaxation, functions: Functions) -> Tensor:
         """The best lower bounds that were seen on the way, ``(r,)`` float64; the first are CROWN's."""
@@ -61,7 +62,7 @@ class AlphaCrown:
             return slopes[position]
 
         best = torch.full_like(functions.constant, -torch.inf)
-        moments: dict[int, tuple[Tensor, Tensor]] = {}
+        moments: dict[int, Moments] = {}
         for i in range(self.iterations + 1):
             with torch.enable_grad():
                 found = relaxation.least(functions, choose)
@@ -76,13 +77,9 @@ class AlphaCrown:
                 if position not in moments:
                     # Only where the ReLU is open has the slope a choice.
                     is_open = rows_of[position].look((relaxation.lines(position)[1] < 0).to(gradient))
-                    moments[position] = (torch.zeros_like(gradient), torch.zeros_like(gradient))
+                    moments[position] = Moments(gradient)
                     rows_of[position] = rows_of[position].with_values(is_open)
-                first, second = moments[position]
-                gradient = gradient * rows_of[position].values
-                first.lerp_(gradient, 0.1)
-                second.lerp_(gradient.square(), 0.001)
-                step = (first / (1 - 0.9 ** (i + 1))) / ((second / (1 - 0.999 ** (i + 1))).sqrt() + 1e-30)
+                step = moments[position].direction(gradient * rows_of[position].values, i)
                 with torch.no_grad():
                     slopes[position].add_(step, alpha=rate).clamp_(0, 1)
         return best

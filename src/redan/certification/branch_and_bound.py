@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from redan.certification.adam import Moments
 from redan.certification.reduced import Reduced
 
 # The least gain of a side, so that one that gains nothing does not make all branches equal.
@@ -177,7 +178,7 @@ class BranchAndBound:
         alpha, beta = state.alpha.clone().requires_grad_(), state.beta.clone().requires_grad_()
         mix = _best_function(problems, state).requires_grad_()
         parameters = [(alpha, self.rate), (beta, self.beta_rate), (mix, 0.1)]
-        moments = [(torch.zeros_like(it), torch.zeros_like(it)) for it, _ in parameters]
+        moments = [Moments(it) for it, _ in parameters]
         best = alpha.new_full(alpha.shape[:2], -torch.inf)
         kept_alpha, kept_beta = state.alpha.clone(), state.beta.clone()
         images = torch.zeros(*alpha.shape[:2], problems.lower.shape[1], dtype=alpha.dtype, device=alpha.device)
@@ -194,13 +195,9 @@ class BranchAndBound:
                 break
             gradients = torch.autograd.grad(found.sum(), [it for it, _ in parameters], allow_unused=True)
             with torch.no_grad():
-                for (value, rate), (first, second), gradient in zip(parameters, moments, gradients, strict=True):
-                    if gradient is None:
-                        continue
-                    first.lerp_(gradient, 0.1)
-                    second.lerp_(gradient.square(), 0.001)
-                    step = (first / (1 - 0.9 ** (i + 1))) / ((second / (1 - 0.999 ** (i + 1))).sqrt() + 1e-30)
-                    value.add_(step, alpha=rate * 0.97**i)
+                for (value, rate), moment, gradient in zip(parameters, moments, gradients, strict=True):
+                    if gradient is not None:
+                        value.add_(moment.direction(gradient, i), alpha=rate * 0.97**i)
                 alpha.clamp_(0, 1)
                 beta.clamp_(min=0).mul_(state.signs != 0)
                 mix.clamp_(min=0).div_(mix.sum(2, keepdim=True).clamp(min=1e-12))

@@ -38,13 +38,13 @@ class Crown:
     @torch.no_grad()
     def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
         relaxation = Relaxation(network, region, self.sound)
-        targets = {i for relu in network.relus for i in network.layers[relu].inputs}
+        targets = network.bent
         for _ in network.layers:
             position = relaxation.extend()
             if self.intermediate == "crown" and position in targets and not relaxation.interval_is_exact(position):
                 tighten_open(relaxation, position)
         margins = specify(relaxation, specification)
-        return Bounds({i: relaxation.boxes[i] for i in sorted(targets)}, margins)
+        return Bounds({i: relaxation.boxes[i] for i in targets}, margins)
 
 
 def plain(relaxation: Relaxation, functions: Functions) -> Tensor:

@@ -60,7 +60,7 @@ class Interval:
     @full_products()
     def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
         boxes = propagate(network, region, self.sound)
-        layers = {i: boxes[i] for relu in network.relus for i in network.layers[relu].inputs}
+        layers = {i: boxes[i] for i in network.bent}
         n, m = specification.offsets.shape
         image = torch.arange(n, device=network.device).repeat_interleave(m)
         rows = Rows(specification.weights.flatten(0, 1).to(network.dtype), image)

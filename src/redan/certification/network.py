@@ -344,6 +344,11 @@ class Network:
         return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer, Relu))
 
     @property
+    def bent(self) -> tuple[int, ...]:
+        """Positions of the layers that ReLUs take, in order: those whose bounds matter."""
+        return tuple(sorted({i for relu in self.relus for i in self.layers[relu].inputs}))
+
+    @property
     def dtype(self) -> torch.dtype:
         """That of the weights."""
         return self._example.dtype

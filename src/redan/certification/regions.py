@@ -135,3 +135,8 @@ class Bounds:
 
     layers: dict[int, tuple[Tensor, Tensor]]
     margins: Tensor
+
+    @property
+    def open(self) -> int:
+        """How many ReLUs may be on or off, of all images."""
+        return sum(int(((lower < 0) & (upper > 0)).sum()) for lower, upper in self.layers.values())

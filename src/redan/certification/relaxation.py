@@ -9,8 +9,8 @@ layer as it is. What is left at the input is minimised over the region. An upper
 
 Rounding. A coefficient that is computed as ``A W`` with an error costs at most that error times the size of what it is
 multiplied with, ``|x|``; summed up, no more than ``gamma_n |A| (|W| |x| + |b|)``, n the outputs that it is summed over,
-and as much again for the layer's own n. The second factor is known in
-advance for each image (``noise``), so that soundness costs one sum of ``|A|`` a layer.
+and as much again for the layer's own n. The second factor is known in advance for each image (``noise``), so that
+soundness costs one sum of ``|A|`` a layer.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,11 +45,6 @@ class Functions:
     parts: dict[int, Rows]
     constant: Tensor
     slack: Tensor
-
-    @property
-    def image(self) -> Tensor:
-        """Which image each row is about, ``(r,)``."""
-        return next(iter(self.parts.values())).image
 
 
 class Relaxation:

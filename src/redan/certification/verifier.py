@@ -274,8 +274,7 @@ class _Course:
             groups = [specification.groups == g for g in specification.groups.unique().tolist()]
             left = [it.nonzero().squeeze(1) for it in groups if not (bounds.margins[0][it] > 0).any()]
             method = self._branch if stage == "branch-and-bound" else self._solve
-            is_open = sum(int(((low < 0) & (high > 0)).sum()) for low, high in bounds.layers.values())
-            shown = is_open <= MOST_OPEN and method(i, region, specification, bounds, left)
+            shown = bounds.open <= MOST_OPEN and method(i, region, specification, bounds, left)
         verdict = replace(
             self._verdicts[i], by=stage if self._verdicts[i].outcome == "unknown" else self._verdicts[i].by
         )
@@ -294,9 +293,8 @@ class _Course:
             who = torch.full((len(candidates),), i, device=candidates.device)
             return bool(self._refute("branch-and-bound", candidates, who).any())
 
-        is_open = sum(int(((low < 0) & (high > 0)).sum()) for low, high in bounds.layers.values())
         # Problems side by side: as many as memory bears, with as many functions each.
-        most = max(1, AT_ONCE // max(1, is_open))
+        most = max(1, AT_ONCE // max(1, bounds.open))
         for count in sorted({len(rows) for rows in left}):
             some = [rows for rows in left if len(rows) == count]
             for k in range(0, len(some), most):

@@ -188,11 +188,10 @@ class Zonotope:
 
     def _bound(self, network: Network, region: Region, specification: Specification) -> Bounds:
         slopes: dict[int, Tensor] = {}
-        targets = sorted({i for relu in network.relus for i in network.layers[relu].inputs})
         with torch.no_grad():
             first = _Propagation(network, region, self.sound, slopes)
             margins = first.margins(specification)
-        layers = {i: first.bounds[i] for i in targets}
+        layers = {i: first.bounds[i] for i in network.bent}
         if not self.iterations or not slopes:
             return Bounds(layers, margins)
         optimiser = torch.optim.Adam([it.requires_grad_() for it in slopes.values()], self.rate)

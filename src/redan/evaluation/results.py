@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -248,6 +249,17 @@ class Certificates(ResultFile):
     fingerprint: str
     curve: tuple[CurvePoint, ...] = ()
     per_image: tuple[CertifiedRow, ...]
+
+    @property
+    def settled(self) -> list[tuple[str, str | None, int, float, float]]:
+        """By verdict and stage: how many images, the mean seconds of each, and the most."""
+        groups: dict[tuple[str, str], list[float]] = {}
+        for row in self.per_image:
+            groups.setdefault((row.verdict, row.by or ""), []).append(row.seconds)
+        return [
+            (verdict, by or None, len(times), fmean(times), max(times))
+            for (verdict, by), times in sorted(groups.items())
+        ]
 
     @classmethod
     def of(cls, rows: Sequence[CertifiedRow], **facts: Any) -> "Certificates":

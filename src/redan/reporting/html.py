@@ -13,7 +13,7 @@ from markupsafe import Markup
 from redan.analysis.results import DifficultEntry, Difficulty, Growth
 from redan.errors import UserError
 from redan.evaluation.bracket import bracket
-from redan.evaluation.results import Accuracy, Certificates, CurvePoint, Evaluation, Row
+from redan.evaluation.results import Accuracy, CurvePoint, Evaluation, Row
 from redan.files import write_atomically
 from redan.reporting.figures import (
     MARKERS,
@@ -122,7 +122,6 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         diagnostics={title: checks for title, result in evaluated.items() if (checks := result.evaluation.diagnostics)},
         galleries={title: _gallery(result) for title, result in evaluated.items() if len(result.images)},
         certificates={name: run.certificates for name, run in read.items() if run.certificates},
-        settled=_settled,
         share=_share,
         convergence=_convergence,
         steps=_steps,
@@ -172,14 +171,6 @@ def _steps(evaluation: Evaluation) -> list[_Step]:
         steps.append(_Step(title, len(taken), Accuracy.of(left, evaluation.samples), _mean_calls(taken)))
     standing = [row for row in rows if row.verdict in ("certified", "unknown")]
     return [*steps, _Step("every attack", None, steps[-1].after, _mean_calls(standing))]
-
-
-def _settled(certificates: Certificates) -> list[tuple[str, str, int, float, float]]:
-    """By verdict and stage: how many images, the mean seconds of each, and the most."""
-    groups: dict[tuple[str, str], list[float]] = {}
-    for row in certificates.per_image:
-        groups.setdefault((row.verdict, row.by or "–"), []).append(row.seconds)
-    return [(*key, len(times), fmean(times), max(times)) for key, times in sorted(groups.items())]
 
 
 def _mean_calls(rows: Sequence[Row]) -> float | None:
