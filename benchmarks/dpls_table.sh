@@ -11,8 +11,9 @@ table() {
     name=$1 seeds=$2
     shift 2
     for attack in pgd-20 pgd-20:cw autoattack; do
+        case $attack in autoattack) samples=300 ;; *) samples=1000 ;; esac
         for checkpoint in best last; do
-            redan sweep "$@" --seeds "$seeds" --attack $attack --samples 500 --checkpoint $checkpoint \
+            redan sweep "$@" --seeds "$seeds" --attack $attack --samples $samples --checkpoint $checkpoint \
                 --out "$out/$name" || status=$?
             test $status -le 1 || exit $status # 1: a row failed, which the others can do without
             cp "$out/$name/sweep.md" "$out/$name/$(echo $attack | tr : _)-$checkpoint.md"

@@ -2,15 +2,17 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from redan.attacks.apgd import APGD
 from redan.attacks.pgd import PGD
 from redan.attacks.search import Mode
 from redan.data.types import Batch
@@ -23,7 +25,7 @@ from redan.methods.weight_averaging import WeightAveraging, WeightAveragingConfi
 from redan.methods.weight_perturbation import WeightPerturbation, WeightPerturbationConfig
 from redan.models.norms import Normalise
 from redan.models.registry import build_model
-from redan.models.split_norm import SplitBatchNorm2d, merge_batch_norm, split_batch_norm, using_branch
+from redan.models.split_norm import Branch, SplitBatchNorm2d, merge_batch_norm, split_batch_norm, using_branch
 from redan.models.taps import FeatureTaps, without_taps
 from redan.threats import L2, Linf
 
@@ -97,6 +99,10 @@ def test_the_loss_and_its_gradient_are_the_papers(split_bn: bool, predictor: boo
     loss = 0.3 * F.cross_entropy(attacked, y) + 0.7 * F.cross_entropy(clean, y) + 30 * sum(distances) / 4
     loss.backward()
     torch.testing.assert_close(output.loss, loss, rtol=1e-6, atol=1e-6)
+    assert output.scalars is not None
+    invariance = sum(F.cosine_similarity(a, c).mean() for a, c in zip(z_adv, z, strict=True)) / 4
+    torch.testing.assert_close(output.scalars["invariance"], invariance)
+    assert not output.scalars["invariance"].requires_grad
     for (name, mine), theirs in zip(method.network.named_parameters(), reference.network.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -120,6 +126,20 @@ def test_symmetric_is_the_mean_of_both_ways() -> None:
     back = copy.deepcopy(twin).distance(z, z_adv)
     torch.testing.assert_close(method.distance(z_adv, z), (there + back) / 2)
     assert not torch.isclose(there, back)
+
+
+@pytest.mark.parametrize(("stop_gradient", "share"), [(False, 1.0), (True, 0.5)])
+def test_symmetric_moves_both_sides_and_all_the_way_without_stopped_gradient(stop_gradient: bool, share: float) -> None:
+    method = make(symmetric=True, predictor=False, stop_gradient=stop_gradient)
+    draws = torch.Generator().manual_seed(0)
+    ends = [{name: torch.rand(8, 16, generator=draws) for name in method.taps.layers} for _ in range(2)]
+    flat = [end[name].requires_grad_() for end in ends for name in method.taps.layers]
+    found = torch.autograd.grad(method.distance(*ends), flat)
+    cosines = [F.cosine_similarity(ends[0][name], ends[1][name]).mean() for name in method.taps.layers]
+    expected = torch.autograd.grad(-sum(cosines) / 4, flat)  # type: ignore[arg-type]
+    for mine, whole in zip(found, expected, strict=True):
+        assert whole.abs().amax() > 0
+        torch.testing.assert_close(mine, share * whole)
 
 
 def test_terms_sum_to_the_loss() -> None:
@@ -199,18 +219,30 @@ def test_what_the_attack_moves_are_the_adversarial_running_means() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "widths"),
+    ("name", "options", "widths", "layers"),
     [
-        ("resnet18", {"width": 64}, [512] * 4),
-        ("wide-resnet", {"depth": 34, "width": 10}, [320] + [640] * 10),
-        ("preact-resnet18", {"width": 64}, [256] + [512] * 4),
-        ("small-cnn-bn", {"width": 16}, [32]),
+        ("resnet18", {"width": 64}, [512] * 4, "layer4.0.bn1 layer4.0.bn2 layer4.1.bn1 layer4.1.bn2"),
+        (
+            "wide-resnet",
+            {"depth": 34, "width": 10},
+            [320] + [640] * 10,
+            "block3.0.bn1 block3.0.bn2 block3.1.bn1 block3.1.bn2 block3.2.bn1 block3.2.bn2 "
+            "block3.3.bn1 block3.3.bn2 block3.4.bn1 block3.4.bn2 bn",
+        ),
+        (
+            "preact-resnet18",
+            {"width": 64},
+            [256] + [512] * 4,
+            "layer4.0.bn1 layer4.0.bn2 layer4.1.bn1 layer4.1.bn2 bn",
+        ),
+        ("small-cnn-bn", {"width": 16}, [32], "8"),
     ],
 )
-def test_the_last_stage_is_regularised(name: str, options: dict[str, int], widths: list[int]) -> None:
+def test_the_last_stage_is_regularised(name: str, options: dict[str, int], widths: list[int], layers: str) -> None:
     with torch.device("meta"):
         net = build_model(name, Normalise([0.5], [0.5]), in_channels=3, size=32, classes=10, **options)
         method = ARAT(net, adversary=None, targets=LabelSmoothing())
+    assert method.taps.layers == tuple(layers.split())
     assert [predictor[0].in_features for predictor in method.predictors] == widths  # type: ignore[index]
     assert [predictor[0].out_features for predictor in method.predictors] == [width // 4 for width in widths]  # type: ignore[index]
 
@@ -225,14 +257,18 @@ def test_a_split_network_has_the_published_number_of_parameters(name: str, optio
         assert sum(parameter.numel() for parameter in split_batch_norm(net).parameters()) == count
 
 
-def test_wide_residual_taps_include_the_pooled_features() -> None:
-    net = network("wide-resnet", depth=10, width=1)
+def test_wide_residual_taps_are_what_enters_the_next_layer() -> None:
+    net = network("wide-resnet", depth=16, width=1)
     taps = FeatureTaps(net, net.activations)  # type: ignore[arg-type]
-    kept: list[Tensor] = []
-    net.linear.register_forward_hook(lambda module, inputs, output: kept.append(inputs[0]))  # type: ignore[union-attr]
+    kept: dict[str, Tensor] = {}
+    entered = {f"block3.{i}.bn{k}": f"block3.{i}.conv{k}" for i in (0, 1) for k in (1, 2)} | {"bn": "linear"}
+    for tap, layer in entered.items():
+        net.get_submodule(layer).register_forward_hook(lambda m, inputs, out, tap=tap: kept.update({tap: inputs[0]}))
     with taps.listening() as found:
         net(batch().images)
-    torch.testing.assert_close(found["bn"], kept[0])
+    assert found.keys() == kept.keys()
+    for tap, features in found.items():
+        torch.testing.assert_close(features, kept[tap] if tap == "bn" else kept[tap].mean((2, 3)))
 
 
 def test_layers_can_be_named() -> None:
@@ -289,6 +325,12 @@ def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
         build_method("arat", network(), adversary=adversary, targets=LabelSmoothing(), **options)
 
 
+@pytest.mark.parametrize("adversary", [None, Adversary(APGD(Linf(EPS), steps=1))])
+def test_noise_without_pgd_is_refused(adversary: Adversary | None) -> None:
+    with pytest.raises(UserError, match=r"^AR-AT: clean_batch noised needs training against PGD; .*take textbook$"):
+        ARAT(network(), adversary=adversary, targets=LabelSmoothing(), clean_batch="noised")
+
+
 def test_a_network_without_activations_needs_names() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
     with pytest.raises(UserError, match="no BatchNorm2d to split; set method.split_bn to false"):
@@ -303,18 +345,25 @@ def test_a_network_without_activations_needs_names() -> None:
 
 
 def test_the_balance_is_the_clean_branchs_accuracy_on_training_images() -> None:
-    method = make()
+    method = make(net=network(width=4))
     guessing = method.loss(batch(), perturbed()).scalars
     assert guessing is not None and float(guessing["alpha"]) == 0.25  # of 4 classes
-    with torch.no_grad():
-        method.network.bn1.clean.bias += torch.linspace(-1, 1, 2)  # type: ignore[union-attr, operator]
+    draws = torch.Generator().manual_seed(0)
+    for pair in method.network.modules():
+        if isinstance(pair, SplitBatchNorm2d):
+            for name, tensor in pair.clean.state_dict().items():
+                if name != "num_batches_tracked":
+                    tensor.uniform_(0.2 if name == "running_var" else -1, 1, generator=draws)
     batches = [batch(seed, 512) for seed in range(4)]
+    right = {}
+    for branch in get_args(Branch):
+        reference = copy.deepcopy(method.network).eval()
+        with using_branch(reference, branch), torch.no_grad():
+            right[branch] = sum(int((reference(b.images).argmax(1) == b.labels).sum()) for b in batches[:2])
+    assert right["clean"] != right["adversarial"]
     statistics = copy.deepcopy(method.state_dict())
     method.after_epoch(lambda: iter(batches))
-    auxiliary = copy.deepcopy(method.network).eval()
-    with using_branch(auxiliary, "clean"):
-        right = sum((auxiliary(b.images).argmax(1) == b.labels).sum() for b in batches[:2])  # 1,024 of them
-    assert float(method.balance) == pytest.approx(float(right) / 1024)
+    assert float(method.balance) == pytest.approx(right["clean"] / 1024)  # the images of two batches
     others = {name: tensor for name, tensor in method.state_dict().items() if name != "balance"}
     assert all(torch.equal(tensor, statistics[name]) for name, tensor in others.items())
     scalars = method.loss(batch(), perturbed()).scalars
@@ -331,6 +380,7 @@ def test_noised_batches_differ_and_nothing_is_written_in_place() -> None:
     assert textbook.clean_images(examples) is examples.images
     clean = noised.clean_images(examples)
     assert 0.5 * EPS < (clean - before).abs().amax() <= EPS
+    assert clean.amin() < 0 and clean.amax() > 1  # not clipped, as the public code's is not
     assert torch.equal(noised.clean_images(examples), clean)  # the same at each call in a step
     attacked = noised.perturb(examples)
     assert (attacked - clean).abs().amax() <= EPS
@@ -423,6 +473,40 @@ def test_the_loss_is_the_same_under_ddp(tmp_path: Path) -> None:
             torch.testing.assert_close(mine.grad, theirs.grad)
     finally:
         dist.destroy_process_group()
+
+
+def in_one_of_two(rank: int, rendezvous: str) -> None:
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    wrapped, alone = DistributedDataParallel(make()), [make(), make()]
+    wrapped(batch(rank)).loss.backward()
+    for seed, method in enumerate(alone):
+        method(batch(seed)).loss.backward()
+    each = (wrapped.module.parameters(), *(method.parameters() for method in alone))
+    for mine, first, second in zip(*each, strict=True):
+        torch.testing.assert_close(mine.grad, (first.grad + second.grad) / 2)
+    means = [method.network.get_buffer("bn1.clean.running_mean") for method in (wrapped.module, alone[rank])]
+    assert tracked(wrapped.module, "clean") == {1} and torch.equal(*means)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_gradient(tmp_path: Path) -> None:
+    spawn(in_one_of_two, (f"file://{tmp_path}/rendezvous",), nprocs=2)
+
+
+def test_the_loss_can_be_compiled() -> None:
+    torch._dynamo.reset()
+    alone, method = (make(net=network("wide-resnet", depth=10, width=1)) for _ in range(2))
+    compiled = torch.compile(method.loss, backend="aot_eager")
+    for seed in (5, 6):
+        expected, output = alone.loss(batch(), perturbed(seed)), compiled(batch(), perturbed(seed))
+        torch.testing.assert_close(output.loss, expected.loss)
+        output.loss.backward()
+        expected.loss.backward()
+    for (name, mine), theirs in zip(method.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
+    for (name, buffer), other in zip(method.named_buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, msg=name)
 
 
 def test_copies_listen_to_themselves() -> None:

@@ -1,6 +1,7 @@
 """Gradient conflict against closed forms, and what a run logs of it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from redan.methods.base import StepOutput
 from redan.methods.conflict import conflict
 from redan.methods.registry import build_method
 from redan.methods.targets import LabelSmoothing
+from redan.reporting.figures import training_figures
 from redan.training.monitor import Monitor
 from redan.training.trainer import train
 
@@ -81,6 +83,16 @@ def test_a_run_logs_it_on_request_and_trains_the_same_weights(tmp_path: Path) ->
     for record in records(watched):
         assert 0 < record["conflict_share"] < 1 and -1 < record["conflict_cosine"] < 1
         assert record["bn_variance_adversarial"] > 0 and record["bn_variance_clean"] > 0
+    assert all(-1 < record["invariance"] < 1 and 0 < record["alpha"] < 1 for record in records(plain))
+    drawn = " ".join(training_figures("run", records(watched)))
+    for title, label, key, scale in (
+        ("Clean accuracy, %", "training, clean branch", "clean_branch_accuracy", 100),
+        ("Cosine of clean and adversarial features", "training", "invariance", 1),
+        ("Weight of the adversarial cross-entropy, alpha", "training", "alpha", 1),
+        ("Weights in gradient conflict, %", "classification against invariance", "conflict_share", 100),
+    ):
+        (found,) = re.findall(rf"{title}, at the end: [^\"]*\b{label} ([\d.]+)", drawn)
+        assert float(found) == pytest.approx(scale * records(watched)[-1][key], rel=1e-3)
     extra = set(records(watched)[0]) - set(records(plain)[0])
     assert extra == {"conflict_share", "conflict_cosine", "bn_variance_adversarial", "bn_variance_clean"}
     assert (watched / "model-last.safetensors").read_bytes() == (plain / "model-last.safetensors").read_bytes()

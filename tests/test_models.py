@@ -1,5 +1,7 @@
 """Networks: their sizes are the published ones, they take images in [0, 1] and normalise them first."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from redan.models.norms import Normalise
 from redan.models.preact_resnet import PreActBlock
 from redan.models.registry import MODELS, build_model, model_options
 from redan.models.resnet import BasicBlock
+from redan.models.split_norm import Branch, SplitBatchNorm2d, merge_batch_norm, split_batch_norm
 
 # Small enough to run at 64 pixels.
 THIN: dict[str, dict[str, int]] = {
@@ -167,6 +170,37 @@ def test_residual_blocks_are_the_published_ones(channels: int, stride: int) -> N
     out = convolution(batch_norm(convolution(activated, pre.conv1, stride), pre.bn2).relu(), pre.conv2, 1)
     shortcut = x if (channels, stride) == (4, 1) else convolution(activated, pre.shortcut, stride)
     torch.testing.assert_close(pre(x), out + shortcut)
+
+
+class Shared(nn.Module):
+    """A BatchNorm by three names, in a block by two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+        self.again, self.norm, self.same = self.first, self.first[1], self.first[1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.same(self.norm(self.again(self.first(images))))
+        return out
+
+
+def test_a_shared_batch_norm_is_split_and_merged_once() -> None:
+    plain = Shared()
+    assert isinstance(plain.norm, nn.BatchNorm2d)
+    with_statistics(plain)
+    split = split_batch_norm(plain)
+    assert isinstance(split, Shared) and split.again is split.first
+    assert split.first[1] is split.norm is split.same
+    assert isinstance(split.norm, SplitBatchNorm2d) and type(split.norm.adversarial) is nn.BatchNorm2d
+    assert split.norm.clean is not split.norm.adversarial
+    nn.init.uniform_(split.norm.clean.weight, 1, 2)
+    images = torch.rand(2, 3, 4, 4)
+    for branch in get_args(Branch):
+        merged = merge_batch_norm(split, branch).eval()
+        assert isinstance(merged, Shared) and merged.again is merged.first
+        assert merged.first[1] is merged.norm is merged.same and type(merged.norm) is nn.BatchNorm2d
+        assert torch.equal(merged(images), plain.eval()(images)) == (branch == "adversarial")
 
 
 def test_normalise_is_the_formula() -> None:

@@ -213,6 +213,9 @@ def test_arrests_loss_and_gradient_are_its_equation() -> None:
     assert output.terms["classification"].item() == pytest.approx(ce.item(), abs=1e-6)
     assert output.terms["invariance"].item() == pytest.approx(3 * distance.item(), abs=1e-5)
     assert float(output.scalars["distance"]) == pytest.approx(distance.item(), abs=1e-5)
+    cosine = F.cosine_similarity(by_hand(again, perturbed()), by_hand(f0, batch().images)).mean()
+    assert float(output.scalars["invariance"]) == pytest.approx(cosine.item(), abs=1e-5)
+    assert not output.scalars["invariance"].requires_grad
     reference = copy.deepcopy(again)
     reference.zero_grad()
     z = by_hand(reference, perturbed())

@@ -59,7 +59,8 @@ class ARAT(NetworkMethod):
         deploy_branch: whose BatchNorm is shipped; ``clean`` is for analysis.
 
     Raises:
-        UserError: where one is out of range, or the network says nothing of its activations and no layers are named.
+        UserError: where one is out of range, the network says nothing of its activations and no layers are named, or
+            noise is asked for without PGD in an Linf ball.
     """
 
     balance: Tensor
@@ -96,7 +97,8 @@ class ARAT(NetworkMethod):
         self.split_bn, self.auto_balance, self.deploy_branch = split_bn, auto_balance, deploy_branch
         self.noise = 0.0
         if clean_batch == "noised":
-            assert self.adversary is not None
+            if self.adversary is None or not isinstance(self.adversary.attack, PGD):
+                raise UserError("AR-AT: clean_batch noised needs training against PGD; without it, take textbook")
             self.noise = Linf.require(self.adversary.attack.threat, "AR-AT: clean_batch noised").radius
         self.taps = FeatureTaps(network, layers)
         widths = [_width(network.get_submodule(layer), layer) for layer in layers]
@@ -132,7 +134,7 @@ class ARAT(NetworkMethod):
         return Passes(clean, z, attacked, z_adversarial)
 
     def loss(self, batch: Batch, adversarial: Tensor) -> StepOutput:
-        """See ``Method.loss``."""
+        """See ``Method.loss``; ``invariance`` is the mean cosine of clean and adversarial features, before h."""
         clean, z, attacked, z_adversarial = self.passes(batch, adversarial)
         targets = self.targets(batch.labels, batch.indices, clean.shape[1])
         ce_adversarial = soft_cross_entropy(attacked, targets).mean()
@@ -147,6 +149,7 @@ class ARAT(NetworkMethod):
                 "loss_adversarial": ce_adversarial.detach(),
                 "loss_clean": ce_clean.detach(),
                 "distance": distance.detach(),
+                "invariance": 1 - cosine_distance(z_adversarial, z).detach(),
                 "alpha": alpha,
                 "clean_branch_accuracy": (clean.argmax(1) == batch.labels).float().mean(),
             },

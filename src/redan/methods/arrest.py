@@ -119,7 +119,11 @@ class ARREST(NetworkMethod):
         return StepOutput(
             classification + self.weight * distance,
             adversarial_logits=logits,
-            scalars={"distance": distance.detach(), "replayed": self.replayed},
+            scalars={
+                "distance": distance.detach(),
+                "invariance": F.cosine_similarity(z[0], z0[0], dim=1).mean().detach(),
+                "replayed": self.replayed,
+            },
             terms={"classification": classification, "invariance": self.weight * distance},
         )
 

@@ -58,12 +58,22 @@ def merge_batch_norm(network: nn.Module, branch: Branch) -> nn.Module:
 
 
 def _rebuilt(module: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """The module with every descendant, and itself, replaced by what ``change`` makes of it."""
-    changed = change(module)
-    if changed is module:
-        for name, child in module.named_children():
-            setattr(module, name, _rebuilt(child, change))
-    return changed
+    """The module with every descendant, and itself, replaced by what ``change`` makes of it.
+
+    A module that goes by several names is changed once, and goes by all of them again.
+    """
+    done: dict[nn.Module, nn.Module] = {}
+
+    def rebuilt(module: nn.Module) -> nn.Module:
+        if module not in done:
+            done[module] = change(module)
+            if done[module] is module:
+                for name, child in module._modules.items():  # not named_children: that gives each child one name
+                    if child is not None:
+                        setattr(module, name, rebuilt(child))
+        return done[module]
+
+    return rebuilt(module)
 
 
 @contextmanager

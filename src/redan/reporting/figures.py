@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from redan.analysis.results import Growth
-from redan.evaluation.results import ConvergencePoint, CurvePoint
+from redan.evaluation.results import Accuracy, ConvergencePoint, CurvePoint
 
 # Okabe & Ito (2008): told apart by colour-blind readers, and visible on white and on near-black alike.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -132,6 +132,27 @@ def growth_figure(alt: str, norm: str, growth: Growth) -> Markup:
     return _svg(alt, draw)
 
 
+def trials_figure(alt: str, xlabel: str, trials: Sequence[tuple[float, Accuracy, bool]]) -> Markup:
+    """What trials came to, each with its interval, against a number of theirs; hollow where they were not completed.
+
+    The axis is logarithmic where the numbers span more than a factor of 20.
+    """
+
+    def draw(axes: Axes) -> None:
+        colour, marker = line_style(0)
+        for x, value, complete in trials:
+            axes.plot([x], [100 * value.value], marker, color=colour, fillstyle="full" if complete else "none")
+            axes.vlines([x], 100 * value.low, 100 * value.high, color=colour, linewidth=1, alpha=0.4)
+        numbers = [x for x, *_ in trials]
+        if min(numbers) > 0 and max(numbers) > 20 * min(numbers):
+            axes.set_xscale("log")
+        elif all(isinstance(x, int) for x in numbers):
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.set(xlabel=xlabel, ylabel="validation accuracy, %", ylim=(-2, 102))
+
+    return _svg(alt, draw)
+
+
 def _unit(norm: str) -> int:
     return 255 if norm == "linf" else 1
 
@@ -143,7 +164,7 @@ def _radius_axis(axes: Axes, norm: str) -> None:
 
 
 def training_figures(name: str, metrics: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    """Loss, accuracies and what a monitor saw, by epoch, one figure each; what was never measured is left out.
+    """Loss, accuracies, what a method and a monitor say, by epoch, a figure each; what was never measured is left out.
 
     Training and validation share their axes: the gap between them is how robust overfitting shows (Rice et al. 2020).
     A dotted line marks the start of a new phase.
@@ -152,8 +173,18 @@ def training_figures(name: str, metrics: Sequence[Mapping[str, Any]]) -> list[Ma
     figures = []
     for title, scale, columns in (
         ("Loss", 1, {"training": "loss"}),
-        ("Clean accuracy, %", 100, {"training": "clean_accuracy", "validation": "validation_clean_accuracy"}),
+        (
+            "Clean accuracy, %",
+            100,
+            {
+                "training": "clean_accuracy",
+                "validation": "validation_clean_accuracy",
+                "training, clean branch": "clean_branch_accuracy",
+            },
+        ),
         ("Robust accuracy, %", 100, {"training": "robust_accuracy", "validation": "validation_robust_accuracy"}),
+        ("Cosine of clean and adversarial features", 1, {"training": "invariance"}),
+        ("Weight of the adversarial cross-entropy, alpha", 1, {"training": "alpha"}),
         ("Weights in gradient conflict, %", 100, {"classification against invariance": "conflict_share"}),
         ("Cosine of the two gradients", 1, {"classification and invariance": "conflict_cosine"}),
         (
