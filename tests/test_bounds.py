@@ -46,6 +46,7 @@ BOUNDERS: dict[str, Callable[[SoundFloat], Bounder]] = {
     "crown-ibp": lambda sound: Crown("interval", sound),
     "crown": lambda sound: Crown("crown", sound),
     "alpha-crown": lambda sound: AlphaCrown(iterations=4, sound=sound),
+    "alpha-crown of the margins": lambda sound: AlphaCrown("crown", iterations=4, sound=sound),
 }
 TYPES = [torch.float32, torch.float64]
 every_bounder = pytest.mark.parametrize("name", BOUNDERS)

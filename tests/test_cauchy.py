@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from redan.certification import cauchy
 from redan.certification.cauchy import _scale, estimate_bounds
+from redan.certification.chain import read_chain
 from redan.certification.reading import read_network
 from redan.certification.regions import Region, Specification
 from redan.certification.zonotope import Zonotope
@@ -17,7 +19,7 @@ from redan.threats import Linf
 
 
 def test_spread_of_the_median_is_pi_over_two_sqrt_k() -> None:
-    draws = torch.empty(4000, 50, 3).cauchy_(generator=torch.Generator().manual_seed(0))
+    draws = torch.empty(50, 4000, 3).cauchy_(generator=torch.Generator().manual_seed(0))
     scales = _scale(draws * torch.tensor([1.0, 5.0, 0.1]))
     relative = scales / torch.tensor([1.0, 5.0, 0.1])
     assert relative.mean(0).tolist() == pytest.approx([1, 1, 1], abs=0.04)  # the lower median lies a little below
@@ -55,3 +57,81 @@ def test_gradients_reach_the_weights() -> None:
     found = estimate_bounds(network, region, projections=5, generator=torch.Generator().manual_seed(0))
     sum(((upper - lower).sum() for lower, upper in found.values()), torch.zeros(())).backward()
     assert all(it.grad is not None for it in tensors if it.dim() == 4)
+
+
+def wide(inputs: int = 30, hidden: int = 12) -> nn.Sequential:
+    """Linear layers whose ReLUs are all on: behind the first one, estimates are of one group of error terms."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, 3), nn.ReLU())
+    network.append(nn.Linear(3, 2))
+    with torch.no_grad():
+        network[1].bias.fill_(100.0)  # type: ignore[operator]
+    return network
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [False, True])
+def test_estimates_of_one_group_have_the_spread_of_theory(
+    dtype: torch.dtype, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cauchy, "DRAWS", 3000 * 50 * (3 if shared else 30))
+    network = read_chain(wide(), (30, 1, 1))
+    region = Region.around(torch.rand(3000, 30, 1, 1), Linf(0.1))
+    with torch.no_grad():
+        found = estimate_bounds(network, region, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        weight = network.layers[4].linear(network.layers[2].weight.t()).t()  # type: ignore[attr-defined]
+        exact = ((region.upper - region.lower) / 2).float().flatten(1) @ weight.abs().t()
+        lower, upper = found[4]
+        ratio = (upper - lower) / 2 / exact
+    assert ratio.mean(0).tolist() == pytest.approx([1] * 3, abs=0.04)
+    assert ratio.std(0).tolist() == pytest.approx([math.pi / (2 * math.sqrt(50))] * 3, rel=0.15)
+    if not shared:  # one image's estimate says nothing of the next one's
+        pairs = torch.stack([ratio[:-1, 0], ratio[1:, 0]])
+        assert abs(float(torch.corrcoef(pairs)[0, 1])) < 4 / math.sqrt(3000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(50, 7, 3, 4, 5), (4, 3, 9), (1, 2, 2), (51, 2, 1100)])
+def test_the_scale_is_torchs_lower_median_with_its_gradient(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    values = torch.empty(shape).cauchy_(generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    other = values.detach().clone().requires_grad_()
+    mine, theirs = _scale(values), other.abs().median(0).values
+    assert torch.equal(mine, theirs)
+    for it in (mine, theirs):
+        (it.double() * torch.linspace(1, 2, it.numel()).view(it.shape)).sum().backward()
+    assert values.grad is not None and other.grad is not None
+    # Where two are alike in bfloat16, either may be taken.
+    assert torch.allclose(values.grad.abs().sum(0).double(), other.grad.abs().sum(0).double())
+    if dtype != torch.bfloat16:
+        assert torch.equal(values.grad, other.grad)
+
+
+def test_bfloat16_changes_an_estimate_by_less_than_its_noise() -> None:
+    torch.manual_seed(0)
+    network = read_network(small_cnn(Normalise([0.3], [0.4]), in_channels=1, size=8, classes=4, width=8), (1, 8, 8))
+    region = Region.around(torch.rand(20, 1, 8, 8), Linf(0.05))
+    widths = [
+        (upper - lower)
+        for seed, dtype in ((0, torch.float32), (0, torch.bfloat16), (1, torch.float32))
+        for lower, upper in [
+            estimate_bounds(
+                network.to(torch.float32), region, generator=torch.Generator().manual_seed(seed), dtype=dtype
+            )[network.bent[2]]
+        ]
+    ]
+    rounded, redrawn = (((it - widths[0]) / widths[0].clamp(min=1e-6)).std() for it in widths[1:])
+    assert 0 < rounded < 0.3 * redrawn
+    assert widths[1].mean() == pytest.approx(float(widths[0].mean()), rel=0.02)
+
+
+def test_nothing_is_drawn_for_exact_bounds_and_nothing_computed_beyond_what_is_asked() -> None:
+    network = read_network(small_cnn(Normalise([0.3], [0.4]), in_channels=1, size=8, classes=4, width=2), (1, 8, 8))
+    region = Region.around(torch.rand(2, 1, 8, 8), Linf(0.05))
+    first, second, *_ = network.bent
+    draws = torch.Generator().manual_seed(0)
+    before = draws.get_state()
+    assert set(estimate_bounds(network, region, generator=draws, until=first)) == {first}
+    assert torch.equal(draws.get_state(), before)
+    assert set(estimate_bounds(network, region, generator=draws, until=second)) == {first, second}
+    assert not torch.equal(draws.get_state(), before)
+    assert estimate_bounds(network, region, until=0) == {}

@@ -248,6 +248,7 @@ def test_what_each_training_attack_maximises_and_where_it_starts() -> None:
         "lbgat": (kl_divergence, "near"),
         "arrest": (cross_entropy, "random"),
         "atop": (cross_entropy, "image"),
+        "colt": (cross_entropy, "random"),
     }
     assert {name for name, family in METHODS.items() if not family.attacks} == {"standard"}
 

@@ -2,23 +2,33 @@
 
 import json
 import os
+import re
 import shlex
+import sqlite3
+import time
 from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 from typer.testing import CliRunner, Result
 
 import redan
-from redan import sweeping
 from redan.cli import app
 from redan.errors import UserError
 from redan.evaluation.journal import Journal
 from redan.evaluation.results import Accuracy
 from redan.evaluation.survey import Survey
-from redan.sweeping import SweepRow, parse_grid, summary
+from redan.evaluation.trials import Trials
+from redan.sweeping import grid as sweeping
+from redan.sweeping import runs
+from redan.sweeping import search as searching
+from redan.sweeping.grid import SweepRow, parse_grid, summary
+from redan.sweeping.space import load_space, shipped_spaces
 from redan.training import trainer
 
 TINY: dict[str, Any] = {"epochs": 1, "model.width": 2, "data.train_samples": 200}
@@ -43,7 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append(f"evaluate {Path(run).name}")
         return redan.evaluate(run, **options)
 
-    monkeypatch.setattr(sweeping, "train", counted_train)
+    monkeypatch.setattr(runs, "train", counted_train)
     monkeypatch.setattr(sweeping, "evaluate", counted_evaluate)
     return made
 
@@ -65,7 +75,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seed = redan.load_recipe(run).seed
         return SimpleNamespace(clean=Accuracy.of(60 + seed, 100), robust=Accuracy.of(40 + seed, 100), seconds=0.5)
 
-    monkeypatch.setattr(sweeping, "train", train)
+    monkeypatch.setattr(runs, "train", train)
     monkeypatch.setattr(sweeping, "evaluate", evaluate)
     return made
 
@@ -152,7 +162,7 @@ def test_a_sweep_grows_and_its_rows_are_found_from_elsewhere(
 
 def test_another_recipe_is_refused_before_any_row_starts(calls: list[str], tmp_path: Path) -> None:
     redan.sweep(["standard-digits"], overrides=TINY, out=tmp_path, **ATTACKED)
-    changed = {**TINY, "optimizer.lr": 0.02, "gradient_clip": 1.0}
+    changed = {**TINY, "optimizer.lr": 0.02, "gradient_clip": 1.0, "description": "In other words."}
     with pytest.raises(UserError) as error:
         redan.sweep(["pgd-at-digits", "standard-digits"], overrides=changed, out=tmp_path, **ATTACKED)
     assert str(error.value) == (
@@ -517,3 +527,443 @@ def test_best_and_last_stand_beside_each_other(calls: list[str], tmp_path: Path)
     redan.sweep(["pgd-at-digits"], overrides=TINY, out=tmp_path, checkpoint="last", **ATTACKED)
     table = (tmp_path / "sweep.md").read_text()
     assert "--checkpoint last" in table and "of the last checkpoint" in table
+
+
+SPACE: dict[str, Any] = {
+    "optimizer.lr": {"low": 0.001, "high": 1.0, "log": True},
+    "batch_size": {"low": 50, "high": 200, "step": 50},
+    "attack.step_size": {"low": "1/100", "high": 0.1},
+    "data.padding": {"low": 0, "high": 3},
+    "schedule": {"choices": [{"name": "cosine"}, {"name": "multistep", "milestones": [1, 2]}]},
+}
+FOUND: dict[str, Any] = {"space": SPACE, "overrides": {"epochs": 2}, "progress": False}
+
+
+class Killed(BaseException):
+    """What no code is prepared for."""
+
+
+class Pretence:
+    """Training that takes no time: a run's score is a function of its recipe, and of how many were begun."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.resumed: list[str] = []
+        self.recipes: list[redan.Recipe] = []
+        self.score: Callable[[redan.Recipe, int], float] = lambda recipe, _: min(1.0, recipe.optimizer.lr)
+        self.at_epoch: Callable[[int, int], None] = lambda begun, epoch: None
+
+    def __call__(
+        self, recipe: redan.Recipe, folder: Path, *, resume: bool, on_validation: trainer.OnValidation, **_: Any
+    ) -> None:
+        self.begun.append(folder.name)
+        self.recipes.append(recipe)
+        self.resumed += [folder.name] if resume else []
+        recipe.save(folder / "recipe.yaml")
+        state = folder / "checkpoint" / "state.safetensors"
+        done = int(state.read_text()) if state.exists() else 0
+        score = round(137 * self.score(recipe, len(self.begun))) / 137
+        for epoch in range(done + 1, recipe.epochs + 1):
+            records = ({"epoch": it + 1, "phase": "training", "loss": 1.0, "seconds": 2.0} for it in range(epoch))
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            (folder / "model.safetensors").touch()
+            on_validation(trainer.Validation(epoch, score, score, epoch == recipe.epochs))
+            state.parent.mkdir(exist_ok=True)
+            state.write_text(str(epoch))
+            self.at_epoch(len(self.begun), epoch)
+
+
+@pytest.fixture
+def pretence(monkeypatch: pytest.MonkeyPatch) -> Pretence:
+    made = Pretence()
+    monkeypatch.setattr(runs, "train", made)
+    monkeypatch.setattr(searching, "TPESampler", partial(optuna.samplers.TPESampler, n_startup_trials=2))
+    return made
+
+
+def told(found: Trials) -> list[dict[str, Any]]:
+    """What a search found, but for where."""
+    return [trial.model_dump(exclude={"run"}) for trial in found.trials]
+
+
+def grow_old(out: Path) -> None:
+    """What is running has not been heard of for an hour."""
+    with closing(sqlite3.connect(out / "sweep.sqlite")) as database, database:
+        database.execute("UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-1 hour')")
+        database.execute("UPDATE trials SET datetime_start = datetime(datetime_start, '-1 hour')")
+
+
+def states(out: Path) -> list[str]:
+    """Of all tries in the storage."""
+    with closing(sqlite3.connect(out / "sweep.sqlite")) as database:
+        return [state for (state,) in database.execute("SELECT state FROM trials ORDER BY trial_id")]
+
+
+def test_a_search_keeps_its_trials_and_the_best_recipe(pretence: Pretence, tmp_path: Path) -> None:
+    found = redan.search("pgd-at-digits", trials=6, out=tmp_path, **FOUND)
+    assert [trial.number for trial in found.trials] == list(range(1, 7)) and found.finished == 6
+    assert pretence.begun == [f"pgd-at-digits-trial{number:03d}" for number in range(1, 7)]
+    for trial, recipe in zip(found.trials, pretence.recipes, strict=True):
+        assert trial.run == str(tmp_path / f"pgd-at-digits-trial{trial.number:03d}")
+        drawn = trial.parameters
+        assert drawn.keys() == SPACE.keys()
+        assert (recipe.optimizer.lr, recipe.attack.step_size) == (drawn["optimizer.lr"], drawn["attack.step_size"])
+        assert 0.001 <= recipe.optimizer.lr <= 1 and 0.01 <= recipe.attack.step_size <= 0.1
+        assert type(drawn["batch_size"]) is int and recipe.batch_size in (50, 100, 150, 200)
+        assert type(drawn["data.padding"]) is int and recipe.data.padding in range(4)
+        assert drawn["schedule"] in SPACE["schedule"]["choices"] and recipe.schedule.name == drawn["schedule"]["name"]
+        assert trial.value == Accuracy.of(round(137 * recipe.optimizer.lr), 137)
+        if trial.state == "complete":
+            assert (trial.epochs, trial.seconds, trial.error) == (2, 4.0, None)
+    best = max(found.trials, key=lambda trial: trial.parameters["optimizer.lr"])
+    assert found.best == best
+    assert redan.load_recipe(tmp_path / "best.yaml") == redan.load_recipe(best.run)
+    assert Trials.load(tmp_path / "sweep.json") == found
+    names = {"best.yaml", "space.yaml", "sweep.json", "sweep.md", "sweep.sqlite"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, *pretence.begun}
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(pretence: Pretence, tmp_path: Path) -> None:
+    one, same, other = (
+        redan.search("pgd-at-digits", trials=trials, seed=seed, out=tmp_path / name, **FOUND)
+        for name, seed, trials in (("one", 3, 5), ("same", 3, 5), ("other", 4, 1))
+    )
+    assert told(one) == told(same)
+    assert one.trials[0].parameters != other.trials[0].parameters
+    assert len({trial.parameters["optimizer.lr"] for trial in one.trials}) == 5
+
+
+def test_trials_counts_all_that_are_finished(pretence: Pretence, tmp_path: Path) -> None:
+    redan.search("pgd-at-digits", trials=3, out=tmp_path / "parts", **FOUND)
+    parts = redan.search("pgd-at-digits", trials=5, out=tmp_path / "parts", **FOUND)
+    assert len(pretence.begun) == 5
+    assert redan.search("pgd-at-digits", trials=5, out=tmp_path / "parts", **FOUND) == parts
+    assert redan.search("pgd-at-digits", trials=2, out=tmp_path / "parts", **FOUND).finished == 5
+    assert len(pretence.begun) == 5
+    assert told(redan.search("pgd-at-digits", trials=5, out=tmp_path / "whole", **FOUND)) == told(parts)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_killed_trial_goes_on_at_its_place(
+    pretence: Pretence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    whole = redan.search("pgd-at-digits", trials=5, pruning=False, out=tmp_path / "whole", **FOUND)
+    del pretence.begun[:]
+
+    def kill(begun: int, epoch: int) -> None:
+        if (begun, epoch) == (4, 1):
+            raise Killed
+
+    pretence.at_epoch = kill
+    with pytest.raises(Killed):
+        redan.search("pgd-at-digits", trials=5, pruning=False, out=tmp_path / "parts", **FOUND)
+    assert states(tmp_path / "parts")[-1] == "RUNNING"
+    slept: list[float] = []
+    if not at_once:
+        grow_old(tmp_path / "parts")
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        grow_old(tmp_path / "parts")
+
+    monkeypatch.setattr(searching, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    parts = redan.search("pgd-at-digits", trials=5, pruning=False, out=tmp_path / "parts", **FOUND)
+    assert len(slept) == at_once  # it is not known before whether another process has it
+    assert pretence.begun[3:] == ["pgd-at-digits-trial004", "pgd-at-digits-trial004", "pgd-at-digits-trial005"]
+    assert pretence.resumed == ["pgd-at-digits-trial004"]
+    assert told(parts) == told(whole)
+    assert "RUNNING" not in states(tmp_path / "parts") and "WAITING" not in states(tmp_path / "parts")
+
+
+def test_a_trial_killed_before_it_was_heard_of_does_not_run_for_ever(
+    pretence: Pretence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = redan.search("pgd-at-digits", trials=2, out=tmp_path / "whole", **FOUND)
+    redan.search("pgd-at-digits", trials=1, out=tmp_path / "parts", **FOUND)
+    optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'parts' / 'sweep.sqlite'}").ask()
+    grow_old(tmp_path / "parts")
+    assert told(redan.search("pgd-at-digits", trials=2, out=tmp_path / "parts", **FOUND)) == told(whole)
+    assert "RUNNING" not in states(tmp_path / "parts")
+
+
+def test_a_process_that_was_silent_for_too_long_loses_its_trial(pretence: Pretence, tmp_path: Path) -> None:
+    whole = redan.search("pgd-at-digits", trials=2, out=tmp_path / "whole", **FOUND)
+    del pretence.begun[:]
+
+    def sleep(begun: int, epoch: int) -> None:
+        if (begun, epoch) == (1, 1):
+            grow_old(tmp_path / "parts")
+            storage = f"sqlite:///{tmp_path / 'parts' / 'sweep.sqlite'}"
+            searching._return_cut_off(searching._opened(storage, tmp_path, "sweep", optuna.pruners.NopPruner()))
+
+    pretence.at_epoch = sleep
+    parts = redan.search("pgd-at-digits", trials=2, out=tmp_path / "parts", **FOUND)
+    assert pretence.begun == [f"pgd-at-digits-trial{place:03d}" for place in (1, 1, 2)]
+    assert told(parts) == told(whole) and states(tmp_path / "parts") == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_others_finish_what_they_have_begun(
+    pretence: Pretence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+
+    def another(begun: int, epoch: int) -> None:
+        """A second process, while the first is in its first trial; it has the second and awaits the first."""
+        if (begun, epoch) == (1, 1):
+            waits = iter([None])
+            clock = iter(range(0, 1000, 50))
+            fast = SimpleNamespace(sleep=lambda _: next(waits), monotonic=lambda: next(clock))
+            monkeypatch.setattr(searching, "time", fast)
+            with pytest.raises(StopIteration):
+                redan.search("pgd-at-digits", trials=2, storage=url, out=tmp_path / "two", **FOUND)
+
+    pretence.at_epoch = another
+    found = redan.search("pgd-at-digits", trials=2, storage=url, out=tmp_path / "one", **FOUND)
+    assert pretence.begun == ["pgd-at-digits-trial001", "pgd-at-digits-trial002"]
+    assert [Path(trial.run).parent.name for trial in found.trials] == ["one", "two"] and found.finished == 2
+    assert not (tmp_path / "one" / "sweep.sqlite").exists()
+    waiting = Trials.load(tmp_path / "two" / "sweep.json")
+    assert [trial.state for trial in waiting.trials] == ["running", "complete"]
+
+
+def test_a_stopped_search_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call: dict[str, Any] = {"space": {"optimizer.lr": {"low": 0.01, "high": 0.1}}, "trials": 1, "progress": False}
+    call |= {"overrides": TINY | {"epochs": 2, "validation.every": 1}}
+    whole = redan.search("pgd-at-digits", out=tmp_path / "whole", **call)
+    with monkeypatch.context() as context:
+        stopped_in_training(context)
+        with pytest.raises(redan.Stopped, match=r"^stopped in trial 1 of 1; the same command goes on$"):
+            redan.search("pgd-at-digits", out=tmp_path / "parts", **call)
+    (trial,) = Trials.load(tmp_path / "parts" / "sweep.json").trials
+    assert (trial.state, trial.value) == ("waiting", None)
+    parts = redan.search("pgd-at-digits", out=tmp_path / "parts", **call)
+    assert [trial.model_dump(exclude={"run", "seconds"}) for trial in parts.trials] == [
+        trial.model_dump(exclude={"run", "seconds"}) for trial in whole.trials
+    ]
+    weights = [tmp_path / name / "pgd-at-digits-trial001" / "model.safetensors" for name in ("whole", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    (trial,) = parts.trials
+    records = [json.loads(line) for line in (Path(trial.run) / "metrics.jsonl").read_text().splitlines()]
+    robust = max(record["validation_robust_accuracy"] for record in records)
+    assert trial.value == Accuracy.of(round(137 * robust), 137) and 0 < robust < 1
+
+
+@pytest.mark.parametrize("pruning", [True, False])
+def test_a_trial_that_falls_behind_is_ended_and_leaves_little(
+    pretence: Pretence, tmp_path: Path, pruning: bool
+) -> None:
+    pretence.score = lambda _, begun: 0.5 + begun / 100 if begun < 6 else 0.25
+    call = FOUND | {"overrides": {"epochs": 8}, "space": {"batch_size": {"low": 50, "high": 200}}}
+    found = redan.search("pgd-at-digits", trials=6, pruning=pruning, out=tmp_path, **call)
+    *good, bad = found.trials
+    assert all(trial.state == "complete" for trial in good) and found.best == good[-1] and found.finished == 6
+    assert (bad.state, bad.epochs) == (("pruned", 3) if pruning else ("complete", 8))  # after a quarter of 8
+    assert bad.value == Accuracy.of(round(137 * 0.25), 137)
+    left = {path.name for path in Path(bad.run).rglob("*") if path.is_file()}
+    assert {"recipe.yaml", "metrics.jsonl"} <= left and any("safetensors" in name for name in left) != pruning
+    redan.report([Path(bad.run)], tmp_path / "report.html")
+
+
+def test_a_trial_that_fails_is_not_counted_and_another_is_drawn(
+    pretence: Pretence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(begun: int, epoch: int) -> None:
+        if begun in (2, 3):
+            raise UserError("the loss is nan")
+
+    pretence.at_epoch = fail
+    monkeypatch.chdir(tmp_path)
+    Path("space.yaml").write_text("optimizer.lr: {low: 0.01, high: 0.1}")
+    command = ["pgd-at-digits", "--space", "space.yaml", "--trials", "3", "--out", "out"]
+    done = cli(*command, "--json")
+    assert done.exit_code == 1 and len(pretence.begun) == 3
+    assert done.stderr.splitlines()[-1] == "redan: 2 of 3 trials failed; the same command draws others"
+    document = json.loads(done.stdout)
+    assert document["table"] == "out/sweep.md" and document["best"] == "out/best.yaml"
+    assert [trial["state"] for trial in document["trials"]] == ["complete", "failed", "failed"]
+    assert document["trials"][1]["error"] == "the loss is nan"
+    assert "* trial 2 failed: the loss is nan" in Path("out/sweep.md").read_text()
+    again = cli(*command)
+    assert again.exit_code == 0 and len(pretence.begun) == 5
+    assert len({recipe.optimizer.lr for recipe in pretence.recipes}) == 5
+    assert "Best recipe: out/best.yaml. Next: redan train out/best.yaml" in again.stdout
+
+
+def test_the_table_of_a_search_carries_the_command_that_goes_on(pretence: Pretence, tmp_path: Path) -> None:
+    found = redan.search("pgd-at-digits", trials=2, seed=5, pruning=False, out=tmp_path / "my out", **FOUND)
+    text = (tmp_path / "my out" / "sweep.md").read_text()
+    assert found.command in text and "Best: trial" in text
+    for trial in found.trials:
+        assert f"{trial.parameters['optimizer.lr']:.4g} | {trial.parameters['batch_size']} |" in text
+        assert str(trial.value) in text
+    del pretence.begun[:]
+    again = cli(*shlex.split(found.command)[2:], "--json")  # its space lies in the folder
+    assert again.exit_code == 0 and pretence.begun == []
+    assert (tmp_path / "my out" / "sweep.md").read_text() == text
+
+
+def test_progress_of_a_search_tells_values_and_time_left(
+    pretence: Pretence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 100.0, 3700.0, 4000.0, 5800.0, 6000.0, 6001.0])  # an hour, half an hour; the first is a deadline
+    monkeypatch.setattr(searching, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    pretence.score = lambda _, begun: begun / 137
+    space = {"batch_size": {"low": 50, "high": 200, "step": 50}, "attack.steps": {"low": 1, "high": 3}}
+    found = redan.search("pgd-at-digits", space=space, trials=3, overrides={"epochs": 1}, out=tmp_path)
+    drawn = [f"batch_size={it.parameters['batch_size']} steps={it.parameters['attack.steps']}" for it in found.trials]
+    assert capsys.readouterr().err.splitlines() == [
+        f"trial 1 of 3: {drawn[0]}",
+        f"trial 1 complete at {Accuracy.of(1, 137)}, the best so far",
+        f"trial 2 of 3: {drawn[1]} (about 2.0 h left)",
+        f"trial 2 complete at {Accuracy.of(2, 137)}, the best so far",
+        f"trial 3 of 3: {drawn[2]} (about 45.0 min left)",
+        f"trial 3 complete at {Accuracy.of(3, 137)}, the best so far",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("space", "hint"),
+    [
+        ("optimzer.lr: {low: 0.1, high: 0.2}", "did you mean 'optimizer'?"),
+        ("method.betta: {low: 0.1, high: 0.2}", "no option of method pgd-at 'betta'"),
+        ("optimizer.lr: {low: 0.2, high: 0.1}", "optimizer.lr: low must be below high, got 0.2 and 0.1"),
+        ("optimizer.lr: {low: 0, high: 0.1, log: true}", "log needs a low above 0, got 0"),
+        ("optimizer.lr: {low: 0.1, high: 1.0, log: true, step: 0.1}", "log and step exclude each other"),
+        ("epochs: {low: 1, high: 5, step: 0}", "step must be above 0"),
+        ("epochs: {low: 1, high: 5, step: 5}", "at most high - low, got 5"),
+        ("epochs: {low: 1, hihg: 5}", "did you mean 'high'?"),
+        ("epochs: {low: 1}", "epochs: high is missing"),
+        ("epochs: {low: one, high: 5}", "'one' is not a number"),
+        ("epochs: {low: true, high: 5}", "True is not a number"),
+        ("epochs: {low: 1, high: .inf}", "finite"),
+        ("epochs: {low: 0, high: 5}", "greater than or equal to 1, got 0"),
+        ("epochs: {choices: []}", "at least 1 item"),
+        ("epochs: {choices: [1, many]}", "got 'many'"),
+        ("epochs: {choices: [2020-01-01]}", "numbers, text"),
+        ("epochs: {choices: [1], low: 1}", "no key 'low'"),
+        ("epochs: 5", "epochs takes {low: ..., high: ...} or {choices: [...]}, got 5"),
+        ("- epochs", "not a mapping"),
+        ("", "not a mapping"),
+        ("epochs: {low: 1", "cannot read the space"),
+        ("seed: {low: 1, high: 3}", "a seed is no value to search for"),
+        ("label_smoothing: {low: 0.0, high: 0.1}", "leave one of them out"),
+        ("method: {choices: [pgd-at, trade]}", "did you mean 'trades'?"),
+    ],
+)
+def test_a_wrong_space_is_told_in_one_line(
+    pretence: Pretence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: str, hint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("space.yaml").write_text(space)
+    done = cli("pgd-at-digits", "--space", "space.yaml", "--trials", "2", "-o", "label_smoothing=0.1")
+    assert done.exit_code == 2 and done.stdout == ""
+    assert hint in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["space.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ("--trials 0", "--trials is at least 1, got 0"),
+        ("", "a search takes one recipe, --space and --trials"),
+        ("standard-digits --trials 2", "a search takes one recipe"),
+        ("--trials 2 --grid epochs=1,2", "leave --grid out"),
+        ("--trials 2 --seeds 1", "leave --seeds out"),
+        ("--trials 2 --samples 10", "leave --samples out"),
+        ("--trials 2 -o data.validation_samples=0", "set data.validation_samples"),
+        ("--trials 2 --certify crwon", "did you mean 'crown'?"),
+        ("--trials 2 --out taken", "taken"),
+        ("--trials 2 --storage nonsense", "--storage nonsense: "),
+        ("--trials 2 --storage sqlite:///no/such/folder/file", "unable to open database file"),
+    ],
+)
+def test_a_wrong_search_is_told_in_one_line(
+    pretence: Pretence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, hint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("space.yaml").write_text("optimizer.lr: {low: 0.1, high: 0.2}")
+    Path("taken").touch()
+    done = cli("pgd-at-digits", *options.split(), "--space", "space.yaml")
+    assert done.exit_code == 2 and done.stdout == ""
+    assert hint in done.stderr and done.stderr.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"space.yaml", "taken"}
+    assert pretence.begun == []
+
+
+@pytest.mark.parametrize("option", ["--trials 3", "--seed 1", "--storage sqlite:///x", "--no-pruning", "--certify ibp"])
+def test_options_of_a_search_need_a_space(tmp_path: Path, option: str) -> None:
+    done = cli("pgd-at-digits", *option.split(), "--out", tmp_path / "out")
+    assert done.exit_code == 2 and f"{option.split()[0]} is of a search; name its --space" in done.stderr
+
+
+def test_another_search_is_refused(pretence: Pretence, tmp_path: Path) -> None:
+    call = FOUND | {"space": {"optimizer.lr": {"low": 0.1, "high": 0.2}}, "trials": 1, "out": tmp_path}
+    redan.search("pgd-at-digits", **call)
+    for change, hint in (
+        ({"space": {"optimizer.lr": {"low": 0.1, "high": 0.3}}}, "space.optimizer.lr.high is 0.2 there and 0.3 here"),
+        ({"overrides": {"epochs": 5}}, "recipe.epochs is 2 there and 5 here"),
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"certify": "crown"}, "certify is null there and crown here"),
+    ):
+        with pytest.raises(UserError, match=re.escape(hint)):
+            redan.search("pgd-at-digits", **call | change)
+    with pytest.raises(UserError, match="is not a sweep of redan's"):
+        redan.sweep(["pgd-at-digits"], out=tmp_path, progress=False)
+    assert len(pretence.begun) == 1
+
+
+def test_a_grid_s_folder_and_a_damaged_storage_are_told(pretence: Pretence, tmp_path: Path) -> None:
+    (tmp_path / "sweep.sqlite").write_bytes(b"no database at all" * 100)
+    with pytest.raises(UserError, match="cannot be used: file is not a database") as error:
+        redan.search("pgd-at-digits", trials=1, out=tmp_path, **FOUND)
+    assert "\n" not in str(error.value)
+    (tmp_path / "sweep.json").write_text('{"redan_version": "0", "entries": []}')
+    with pytest.raises(UserError, match="is not a search of redan's"):
+        redan.search("pgd-at-digits", trials=1, out=tmp_path, **FOUND)
+
+
+def test_a_password_is_shown_nowhere(tmp_path: Path) -> None:
+    url = "postgresql+nothing://me:secret@host/name"
+    with pytest.raises(UserError) as error:
+        redan.search("pgd-at-digits", trials=1, storage=url, out=tmp_path, **FOUND)
+    assert "me:***@host" in str(error.value) and "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(("threat", "share"), [("linf:0.000001", 1), ("linf:0.9", 0)])
+def test_a_search_may_be_judged_by_what_is_certified(tmp_path: Path, threat: str, share: int) -> None:
+    space = {"optimizer.lr": {"low": 0.05, "high": 0.1}}
+    found = redan.search(
+        "standard-digits", space=space, trials=1, overrides=TINY | {"threat": threat}, certify="interval",
+        out=tmp_path, progress=False,
+    )  # fmt: skip
+    (trial,) = found.trials
+    (record,) = (json.loads(line) for line in (Path(trial.run) / "metrics.jsonl").read_text().splitlines())
+    right = round(137 * record["validation_clean_accuracy"])
+    assert trial.value == Accuracy.of(share * right, 137) and right > 10
+    assert "--certify interval" in found.command
+
+
+def test_the_report_of_a_search_has_its_trials(pretence: Pretence, tmp_path: Path) -> None:
+    found = redan.search("pgd-at-digits", trials=3, out=tmp_path / "out", **FOUND)
+    page = redan.report([tmp_path / "out"], tmp_path / "report.html").read_text()
+    assert found.best is not None and f"{Path(found.best.run).name} is not evaluated yet" in page
+    assert "validation accuracy of 3 trials against optimizer.lr" in page
+    for trial in found.trials:
+        assert trial.value is not None
+        assert f'<td class="number">{trial.parameters["optimizer.lr"]:.4g}</td>' in page
+        assert f"{100 * trial.value.value:.2f} %" in page
+    pretence.at_epoch = lambda begun, epoch: (_ for _ in ()).throw(UserError("no luck"))
+    redan.search("pgd-at-digits", trials=1, out=tmp_path / "none", **FOUND)
+    with pytest.raises(UserError, match="no trial of .* is complete yet; it goes on with: redan sweep"):
+        redan.report([tmp_path / "none"], tmp_path / "none.html")
+
+
+def test_shipped_spaces_are_read_and_go_with_a_recipe() -> None:
+    assert list(shipped_spaces()) == ["colt"]
+    space = load_space("colt")
+    assert len(space) == 5
+    for key, entry in space.items():
+        for end in entry.ends():
+            redan.load_recipe("colt-digits", {key: end})
+    with pytest.raises(UserError, match="did you mean 'colt'"):
+        load_space("colts")

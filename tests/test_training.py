@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,10 @@ def test_runs_are_not_written_over_nor_mixed(trained: Path, tmp_path: Path) -> N
         redan.train("pgd-at-digits", trained, progress=False)
     with pytest.raises(UserError, match="another recipe .*epochs"):
         redan.train("pgd-at-digits", trained, resume=True, progress=False)
+    shutil.copytree(trained, tmp_path / "copy")
+    said_otherwise = {"description": "In other words."}
+    again = redan.train(trained, tmp_path / "copy", overrides=said_otherwise, resume=True, progress=False)
+    assert same_weights(trained, again)
     with pytest.raises(UserError, match="no run to resume"):
         redan.train("pgd-at-digits", tmp_path / "none", resume=True, progress=False)
     (tmp_path / "full").mkdir()

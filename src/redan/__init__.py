@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from redan.recipes.schema import Recipe, load_recipe
     from redan.reporting import write_report as report
     from redan.run import load
-    from redan.sweeping import sweep
+    from redan.sweeping.grid import sweep
+    from redan.sweeping.search import search
     from redan.training.trainer import train
     from redan.version import __version__
 
@@ -34,6 +35,7 @@ __all__ = [
     "load_recipe",
     "prune",
     "report",
+    "search",
     "sweep",
     "train",
 ]
@@ -55,7 +57,8 @@ _HOMES = {
     "load_recipe": ("redan.recipes.schema", "load_recipe"),
     "prune": ("redan.pruning", "prune"),
     "report": ("redan.reporting", "write_report"),
-    "sweep": ("redan.sweeping", "sweep"),
+    "search": ("redan.sweeping.search", "search"),
+    "sweep": ("redan.sweeping.grid", "sweep"),
     "train": ("redan.training.trainer", "train"),
 }
 

@@ -468,28 +468,64 @@ def sweep(
         list[str] | None,
         typer.Option("--grid", metavar="KEY=V1,V2", help="Values to try; each with each of the others."),
     ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="Of the training, such as 0,1,2; each makes a run.")] = "0",
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Of the training, such as 0,1,2; each makes a run; 0 if not given.")
+    ] = None,
     attack: Annotated[str | None, typer.Option("--attack", help="As redan evaluate takes it.")] = None,
     samples: Annotated[int | None, typer.Option("--samples", help="The first N test images; all if not given.")] = None,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of each run: best or last.")] = "best",
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="Of each run: best or last; best if not given.")
+    ] = None,
     analyse: Annotated[bool, typer.Option("--analyse", help="Look inside each run, too, see redan analyse.")] = False,
+    space: Annotated[
+        str | None,
+        typer.Option("--space", metavar="FILE", help="Search: values to draw for keys of one recipe; no attack."),
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Of a search: how many are to be finished.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of what a search draws; 0 if not given.")] = None,
+    storage: Annotated[
+        str | None, typer.Option("--storage", metavar="URL", help="Of a search: a database, for several machines.")
+    ] = None,
+    pruning: Annotated[
+        bool, typer.Option("--pruning/--no-pruning", help="Of a search: end trials that fall behind.")
+    ] = True,
+    certify: Annotated[
+        str | None,
+        typer.Option("--certify", metavar="METHOD", help="Of a search: judge by what this certifies; see certify."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of the runs and the table.")] = Path("runs/sweep"),
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Train and attack many runs, over recipes, options and seeds, in one table; the same command goes on."""
+    """Train and attack many runs, over recipes, options and seeds, or search for values; the same command goes on."""
     from redan.recipes.schema import parse_overrides
-    from redan.sweeping import parse_grid, summary
-    from redan.sweeping import sweep as run_sweep
+
+    if space is not None:
+        others = {"--grid": grid, "--attack": attack, "--samples": samples, "--analyse": analyse or None}
+        others |= {"--seeds": seeds, "--checkpoint": checkpoint}
+        if given := [option for option, value in others.items() if value is not None]:
+            raise UserError(f"a search looks at held-out images alone; leave {given[0]} out, or --space")
+        if len(recipes) > 1 or trials is None:
+            raise UserError("a search takes one recipe, --space and --trials, such as --trials 30")
+        overrides = parse_overrides(override or [])
+        _search(recipes[0], space, trials, overrides, seed or 0, pruning, certify, storage, out, data_dir, as_json)
+        return
+    ours: dict[str, Any] = {"--trials": trials, "--seed": seed, "--storage": storage, "--certify": certify}
+    ours["--no-pruning"] = None if pruning else True
+    if given := [option for option, value in ours.items() if value is not None]:
+        raise UserError(f"{given[0]} is of a search; name its --space, too")
+
+    from redan.sweeping.grid import parse_grid, summary
+    from redan.sweeping.grid import sweep as run_sweep
 
     rows = run_sweep(
         recipes,
         overrides=parse_overrides(override or []),
         grid=parse_grid(grid or []),
-        seeds=_seeds(seeds),
+        seeds=_seeds(seeds or "0"),
         attack=attack,
         samples=samples,
-        checkpoint=_checkpoint(checkpoint),
+        checkpoint=_checkpoint(checkpoint or "best"),
         analyse=analyse,
         out=out,
         data_dir=data_dir,
@@ -503,6 +539,48 @@ def sweep(
     failed = [row for row in rows if row.error is not None]
     if failed:
         _say(f"redan: {len(failed)} of {len(rows)} rows failed; the same command tries them again")
+        raise typer.Exit(1)
+
+
+def _search(
+    recipe: str,
+    space: str,
+    trials: int,
+    overrides: dict[str, Any],
+    seed: int,
+    pruning: bool,
+    certify: str | None,
+    storage: str | None,
+    out: Path,
+    data_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """``redan sweep RECIPE --space FILE --trials N``."""
+    from redan.sweeping.search import search, summary
+
+    found = search(
+        recipe,
+        space=space,
+        trials=trials,
+        overrides=overrides,
+        seed=seed,
+        pruning=pruning,
+        certify=certify,
+        storage=storage,
+        out=out,
+        data_dir=data_dir,
+    )
+    best = None if found.best is None else str(out / "best.yaml")
+    if as_json:
+        rows = [trial.model_dump(mode="json") for trial in found.trials]
+        print(json.dumps({"table": str(out / "sweep.md"), "best": best, "trials": rows}))
+    else:
+        _print_table(*summary(found))
+        console.print(f"Table: {out / 'sweep.md'}", soft_wrap=True, markup=False)
+        if best is not None:
+            console.print(f"Best recipe: {best}. Next: redan train {best}", soft_wrap=True, markup=False)
+    if missing := trials - found.finished:
+        _say(f"redan: {missing} of {trials} trials failed; the same command draws others")
         raise typer.Exit(1)
 
 

@@ -11,6 +11,7 @@ from redan.data.types import Dataset, Facts
 from redan.errors import UserError
 from redan.methods.atop import AToP
 from redan.methods.base import Method, Phase
+from redan.methods.colt import COLT
 from redan.methods.dpls import DPLS, Measure
 from redan.methods.targets import LabelSmoothing, Targets
 from redan.models.purified import Purified
@@ -166,23 +167,18 @@ def build_targets(recipe: Recipe, dataset: Dataset, *, begun: bool = False) -> T
 
 
 def take_over(method: Method, recipe: Recipe, dataset: Dataset) -> None:
-    """Give a method that is to begin what its recipe takes from other runs: a classifier, a purifier.
+    """Give a method that is to begin what its recipe takes from other runs: a network, a classifier, a purifier.
 
     Raises:
         UserError: where such a run is none, or its network is not the one that the recipe describes.
     """
+    if isinstance(method, COLT) and method.trained_network is not None:
+        _fill(method.network, _trained_network(method.trained_network, recipe, dataset), method.trained_network)
     if recipe.purification is None:
         return
     assert isinstance(method, AToP)
     if (source := recipe.purification.trained_classifier) is not None:
-        trained, facts, network = read_run(source)
-        _check_alike("model", trained.model, recipe.model, source)
-        if facts != dataset.facts:
-            raise UserError(
-                f"{source} is a run on {trained.data.name}, whose classes or normalisation are not those of "
-                f"{recipe.data.name}"
-            )
-        _fill(method.pipeline.classifier, network.classifier if isinstance(network, Purified) else network, source)
+        _fill(method.pipeline.classifier, _trained_network(source, recipe, dataset), source)
     if (source := recipe.purification.trained_purifier) is not None:
         other, done = read_method(source, dataset)
         described = load_recipe(source).purification
@@ -194,6 +190,18 @@ def take_over(method: Method, recipe: Recipe, dataset: Dataset) -> None:
         _fill(method.pipeline.purifier, other.pipeline.purifier, source)
         if method.discriminator is not None and other.discriminator is not None:
             _fill(method.discriminator, other.discriminator, source)
+
+
+def _trained_network(source: str, recipe: Recipe, dataset: Dataset) -> nn.Module:
+    """The network that a run trained, the classifier alone of a purified one; a like one to the recipe's."""
+    trained, facts, network = read_run(source)
+    _check_alike("model", trained.model, recipe.model, source)
+    if facts != dataset.facts:
+        raise UserError(
+            f"{source} is a run on {trained.data.name}, whose classes or normalisation are not those of "
+            f"{recipe.data.name}"
+        )
+    return network.classifier if isinstance(network, Purified) else network
 
 
 def _check_alike(kind: str, trained: NamedOptions, asked: NamedOptions, source: str) -> None:

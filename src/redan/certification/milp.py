@@ -13,6 +13,7 @@ Rounding. ``y - n`` is left as much room as the layer's arithmetic may err (``So
 how far a solver's bound can be trusted beyond that is said in ``solvers``.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -93,12 +94,14 @@ class Binaries:
     """Which of the ReLUs that may be on or off are exact: all, or those of the highest priority.
 
     Attributes:
+        last_layers: only those of the last so many ReLU layers; None for all.
         per_layer: at most so many of each layer; None for all.
         in_total: at most so many, after that; None for all.
         priorities: by position of the layer that a ReLU takes, ``(n, *shape)``; the solver is asked to branch on high
             ones first, too. None ranks ReLUs by the height of their triangle, -l u / (u - l), and asks nothing.
     """
 
+    last_layers: int | None = None
     per_layer: int | None = None
     in_total: int | None = None
     priorities: dict[int, Tensor] | None = None
@@ -199,7 +202,9 @@ class Encoding:
         l = np.concatenate([layer.lower[which] for layer, which in parts])  # noqa: E741
         u = np.concatenate([layer.upper[which] for layer, which in parts])
         rank = np.concatenate([layer.priority[which] for layer, which in parts])
-        exact = _choose(rank, [len(which) for _, which in parts], binaries)
+        first = 0 if binaries.last_layers is None else max(0, len(self.crossing) - binaries.last_layers)
+        late = self.crossing[first:]
+        exact = _choose(rank, [(len(which), layer in late) for layer, which in parts], binaries)
         inputs = vstack([layer.inputs.matrix[which] for layer, which in parts]).tocsr()[:, columns]
         shift = np.concatenate([layer.inputs.offset[which] for layer, which in parts])
         error = np.concatenate([layer.inputs.error[which] for layer, which in parts])
@@ -309,9 +314,10 @@ def _spread(values: Tensor | None, shape: tuple[int, ...]) -> Vector:
     return np.zeros(int(np.prod(shape))) if values is None else _flat(values.expand(shape))
 
 
-def _choose(rank: Vector, sizes: Sequence[int], binaries: Binaries) -> Mask:
-    """The exact ones among ReLUs of layers of those sizes."""
-    chosen = np.ones(len(rank), dtype=bool)
+def _choose(rank: Vector, parts: Sequence[tuple[int, bool]], binaries: Binaries) -> Mask:
+    """The exact ones among ReLUs, so many of each layer, of which some may not have any."""
+    sizes = [size for size, _ in parts]
+    chosen = np.repeat([late for _, late in parts], sizes)
     if binaries.per_layer is not None:
         start = 0
         for size in sizes:
@@ -447,6 +453,7 @@ def lp_refine(
     image: int,
     sound: SoundFloat = "exact",
     timeout: float = 10.0,
+    deadline: float = np.inf,
 ) -> tuple[Tensor, Tensor]:
     """Tighter bounds of the neurons of a layer that a ReLU takes, where that may be on or off (COLT's LP refinement).
 
@@ -461,6 +468,7 @@ def lp_refine(
         image: which image.
         sound: which rounding errors of the network are covered.
         timeout: seconds a solution; one that takes longer counts with what it came to.
+        deadline: of all, by ``time.monotonic``; neurons that are not reached by then keep their bounds.
 
     Returns:
         Lower and upper bounds ``(*shape)``, in the type of those given, rounded outwards; nowhere looser.
@@ -476,7 +484,10 @@ def lp_refine(
         for sign in (1.0, -1.0) if lower[neuron] + upper[neuron] > 0 else (-1.0, 1.0):
             unit[neuron] = sign
             program, _ = encoding.program(unit, 0.0, relaxed)
-            least = solve(program, solver="highs", timeout=timeout).bound
+            left = min(timeout, deadline - time.monotonic())
+            if left <= 0:
+                break
+            least = solve(program, solver="highs", timeout=left).bound
             if sign > 0 and np.isfinite(least):
                 lower[neuron] = max(lower[neuron], least)
             elif np.isfinite(least):

@@ -1,5 +1,6 @@
 """What is to be shown: a region of inputs, and linear functions of the logits that must be above zero on all of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,9 +105,18 @@ class Specification:
         offsets = weights.new_zeros(weights.shape[:2])
         return cls(weights, offsets, torch.arange(classes - 1, device=labels.device))
 
+    def to(self, device: torch.device) -> "Specification":
+        """The same there."""
+        return Specification(*(it.to(device) for it in vars(self).values()))
+
     def part(self, which: Tensor | slice) -> "Specification":
         """Those of some images."""
         return Specification(self.weights[which], self.offsets[which], self.groups)
+
+    def row(self, which: int) -> "Specification":
+        """That function alone."""
+        alone = slice(which, which + 1)
+        return Specification(self.weights[:, alone], self.offsets[:, alone], self.groups.new_zeros(1))
 
     def values(self, logits: Tensor) -> Tensor:
         """``C y + d`` for logits ``(n, classes)``: ``(n, m)`` float64."""
@@ -135,6 +145,20 @@ class Bounds:
 
     layers: dict[int, tuple[Tensor, Tensor]]
     margins: Tensor
+
+    def part(self, k: int) -> "Bounds":
+        """Of the k-th image alone."""
+        alone = slice(k, k + 1)
+        return Bounds({i: (low[alone], high[alone]) for i, (low, high) in self.layers.items()}, self.margins[alone])
+
+    @staticmethod
+    def join(bounds: Sequence["Bounds"]) -> "Bounds":
+        """Those of several images as one."""
+        layers = {
+            i: (torch.cat([it.layers[i][0] for it in bounds]), torch.cat([it.layers[i][1] for it in bounds]))
+            for i in bounds[0].layers
+        }
+        return Bounds(layers, torch.cat([it.margins for it in bounds]))
 
     @property
     def open(self) -> int:

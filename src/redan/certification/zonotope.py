@@ -18,13 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redan.certification.interval import step
+from redan.certification.interval import Box, step
 from redan.certification.network import Affine, Network, Relu
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.rounding import SoundFloat, full_products, known, relative_error, smallest
 
 # Numbers that the generators of one layer may have before a batch is cut into parts.
 CHUNK = 2**26
+
+# Learning of an image's slopes ends after so many steps in which its margin gained less than that share of itself.
+PATIENCE, LEAST_GAIN = 20, 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +48,11 @@ class Element:
 class _Propagation:
     """One pass through a network: elements by layer, and which image each generator of a group is of."""
 
-    def __init__(self, network: Network, region: Region, sound: SoundFloat, slopes: dict[int, Tensor]) -> None:
+    def __init__(
+        self, network: Network, region: Region, sound: SoundFloat, slopes: dict[int, Tensor], given: dict[int, Box]
+    ) -> None:
         self.network, self.sound, self.slopes = network, sound, slopes
+        self.given = {i: Region(*box).to(network.dtype, network.device) for i, box in given.items()}
         self.region = region.to(network.dtype, network.device)
         self.images: dict[int, Tensor] = {}
         self.bounds: list[tuple[Tensor, Tensor]] = []
@@ -119,11 +125,14 @@ class _Propagation:
         return radius
 
     def _enclose(self, position: int, element: Element) -> tuple[Tensor, Tensor]:
-        """The tighter of the zonotope's bounds and those by intervals."""
+        """The tightest of the zonotope's bounds, those by intervals, and those given."""
         layer = self.network.layers[position]
         if not layer.inputs:
             return self.region.lower, self.region.upper
         lower, upper = step(layer, [self.bounds[i] for i in layer.inputs], self.sound)
+        if position in self.given:
+            box = self.given[position]
+            lower, upper = torch.maximum(lower, box.lower), torch.minimum(upper, box.upper)
         radius = self._radius(element)
         if self.sound != "off":
             terms = sum(int(self.images[it].bincount().max()) for it, g in element.groups.items() if len(g)) + 4
@@ -158,13 +167,101 @@ def _spikes(image: Tensor, neuron: Tensor, size: Tensor) -> Tensor:
     return spikes.view(-1, *shape)
 
 
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """Bounds by zonotopes whose slopes were learned.
+
+    Attributes:
+        bounds: the best of all passes.
+        urgency: by position of each layer that a ReLU takes, how much the margins would gain by the slope of each of
+            its ReLUs, ``(n, *shape)``: the absolute value of the last gradient, zero where there was none.
+    """
+
+    bounds: Bounds
+    urgency: dict[int, Tensor]
+
+
+@full_products()
+def learn(
+    network: Network,
+    region: Region,
+    specification: Specification,
+    *,
+    iterations: int,
+    rate: float = 0.1,
+    sound: SoundFloat = "exact",
+    given: dict[int, Box] | None = None,
+) -> Learned:
+    """Bound by zonotopes, and learn their slopes for the margins until these are shown or gain nothing any more.
+
+    On the way nothing is rounded outwards; the best slopes then make a sound pass in float64.
+
+    Args:
+        network: the network.
+        region: the regions, one an image.
+        specification: what is to be shown.
+        iterations: steps of Adam at most; 0 keeps the slopes of least area.
+        rate: their size, a tenth of it after every hundred (as COLT has it).
+        sound: which rounding errors the bounds cover.
+        given: by position of a layer that a ReLU takes, bounds already known, ``(n, *shape)``.
+    """
+    given = {} if given is None else given
+    slopes: dict[int, Tensor] = {}
+    with torch.no_grad():
+        first = _Propagation(network, region, sound, slopes, given)
+        margins = first.margins(specification)
+    bounds = Bounds({i: first.bounds[i] for i in network.bent}, margins)
+    before = {i: network.layers[i].inputs[0] for i in slopes}
+    worst = specification.worst(margins)
+    best = {i: slope.clone() for i, slope in slopes.items()}
+    since = torch.zeros_like(worst, dtype=torch.int64)  # steps since an image's margin last gained
+    optimiser = torch.optim.Adam([it.requires_grad_() for it in slopes.values()], rate) if slopes else None
+    for i in range(iterations):
+        left = ((worst <= 0) & (since < PATIENCE)).nonzero().squeeze(1)
+        if optimiser is None or not len(left):
+            break
+        optimiser.param_groups[0]["lr"] = rate * 0.1 ** (i // 100)
+        with torch.enable_grad():
+            some = {position: slope[left] for position, slope in slopes.items()}
+            some_given = {position: (low[left], high[left]) for position, (low, high) in given.items()}
+            asked = specification.part(left)
+            found = _Propagation(network, region.part(left), "off", some, some_given).margins(asked)
+            loss = torch.cat([-found, torch.zeros_like(found[:, :1])], 1).logsumexp(1).sum()
+        now = asked.worst(found.detach())
+        better = now > worst[left] + LEAST_GAIN * worst[left].abs()
+        since[left] += 1
+        gained = left[better]
+        worst[gained], since[gained] = now[better], 0
+        for position, slope in slopes.items():
+            best[position][gained] = slope.detach()[gained]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            for slope in slopes.values():
+                slope.clamp_(0, 1)
+    urgency = {
+        before[i]: torch.zeros_like(slope) if slope.grad is None else slope.grad.abs() for i, slope in slopes.items()
+    }
+    if optimiser is None or not iterations:
+        return Learned(bounds, urgency)
+    with torch.no_grad():
+        double = {i: slope.double() for i, slope in best.items()}
+        last = _Propagation(network.to(torch.float64), region, sound, double, given)
+        layers = {
+            i: (torch.maximum(low, last.bounds[i][0]), torch.minimum(high, last.bounds[i][1]))
+            for i, (low, high) in bounds.layers.items()
+        }
+        return Learned(Bounds(layers, torch.maximum(margins, last.margins(specification))), urgency)
+
+
 @dataclass(frozen=True)
 class Zonotope:
     """Bounds by zonotopes; exact about what error terms share.
 
     Args:
         iterations: steps of Adam on the slopes, for the margins; 0 keeps those of least area.
-        rate: their size.
+        rate: their size, see ``learn``.
         sound: which rounding errors the bounds cover.
     """
 
@@ -172,12 +269,18 @@ class Zonotope:
     rate: float = 0.1
     sound: SoundFloat = "exact"
 
-    @full_products()
     def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
         widest = max(torch.Size(layer.shape).numel() for layer in network.layers)
         together = max(1, CHUNK // (torch.Size(network.input_shape).numel() * widest))
         parts = [
-            self._bound(network, region.part(slice(i, i + together)), specification.part(slice(i, i + together)))
+            learn(
+                network,
+                region.part(slice(i, i + together)),
+                specification.part(slice(i, i + together)),
+                iterations=self.iterations,
+                rate=self.rate,
+                sound=self.sound,
+            ).bounds
             for i in range(0, len(region), together)
         ]
         layers = {
@@ -185,29 +288,3 @@ class Zonotope:
             for k in parts[0].layers
         }
         return Bounds(layers, torch.cat([p.margins for p in parts]))
-
-    def _bound(self, network: Network, region: Region, specification: Specification) -> Bounds:
-        slopes: dict[int, Tensor] = {}
-        with torch.no_grad():
-            first = _Propagation(network, region, self.sound, slopes)
-            margins = first.margins(specification)
-        layers = {i: first.bounds[i] for i in network.bent}
-        if not self.iterations or not slopes:
-            return Bounds(layers, margins)
-        optimiser = torch.optim.Adam([it.requires_grad_() for it in slopes.values()], self.rate)
-        for _ in range(self.iterations):
-            left = specification.worst(margins) <= 0
-            if not left.any():
-                break
-            with torch.enable_grad():
-                found = _Propagation(network, region, self.sound, slopes).margins(specification)
-                loss = torch.cat([-found, torch.zeros_like(found[:, :1])], 1).logsumexp(1)[left].sum()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            with torch.no_grad():
-                for slope in slopes.values():
-                    slope.clamp_(0, 1)
-            # Every pass is sound, so that the best of all passes is, too.
-            margins = torch.maximum(margins, found.detach())
-        return Bounds(layers, margins)

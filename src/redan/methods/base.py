@@ -168,8 +168,8 @@ class Method(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def selects_by(self) -> Literal["clean", "robust"]:
-        """Which accuracy on the held-out images makes a checkpoint the best."""
+    def selects_by(self) -> Literal["clean", "robust", "last"]:
+        """Which accuracy on the held-out images makes a checkpoint the best, or that the last one is."""
 
     def forward(self, batch: Batch, adversarial: Tensor | None = None) -> StepOutput:
         """The loss on a batch, attacked here unless its adversarial images are given."""
@@ -263,7 +263,7 @@ class NetworkMethod(Method):
         return self.network
 
     @property
-    def selects_by(self) -> Literal["clean", "robust"]:
+    def selects_by(self) -> Literal["clean", "robust", "last"]:
         """See ``Method.selects_by``; without an adversary, no weights are robust and the noise would choose."""
         return "clean" if self.adversary is None else "robust"
 
@@ -301,7 +301,7 @@ class Wrapper(Method):
         return self.inner.validated()
 
     @property
-    def selects_by(self) -> Literal["clean", "robust"]:
+    def selects_by(self) -> Literal["clean", "robust", "last"]:
         """The inner method's."""
         return self.inner.selects_by
 

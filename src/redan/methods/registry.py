@@ -11,6 +11,7 @@ from redan.methods.arat import ARAT
 from redan.methods.arrest import ARREST
 from redan.methods.atop import AToP
 from redan.methods.base import Adversary, NetworkMethod
+from redan.methods.colt import COLT
 from redan.methods.dpls import DPLSConfig
 from redan.methods.lbgat import LBGAT
 from redan.methods.mart import MART
@@ -29,6 +30,7 @@ METHODS: dict[str, type[NetworkMethod]] = {
     "lbgat": LBGAT,
     "arrest": ARREST,
     "atop": AToP,
+    "colt": COLT,
 }
 
 

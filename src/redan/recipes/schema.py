@@ -215,6 +215,8 @@ class Recipe(Config):
                 raise ValueError("dpls makes the labels soft itself; leave label_smoothing at 0")
         if self.teacher is not None:
             check_teacher(self.method.name)
+        if self.method.name == "colt" and (self.weight_perturbation or self.weight_averaging):
+            raise ValueError("colt freezes layers, so it goes without weight_perturbation and weight_averaging")
         check_purification(self.method.name, self.purification is not None)
         if self.purification is not None and (self.weight_perturbation or self.weight_averaging):
             raise ValueError("a purifier is trained without weight_perturbation and weight_averaging; leave them out")

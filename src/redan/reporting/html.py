@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -14,6 +15,7 @@ from redan.analysis.results import DifficultEntry, Difficulty, Growth
 from redan.errors import UserError
 from redan.evaluation.bracket import bracket
 from redan.evaluation.results import Accuracy, CurvePoint, Evaluation, Row
+from redan.evaluation.trials import TRIALS, Trials
 from redan.files import write_atomically
 from redan.reporting.figures import (
     MARKERS,
@@ -24,6 +26,7 @@ from redan.reporting.figures import (
     png,
     radius_figure,
     training_figures,
+    trials_figure,
 )
 from redan.reporting.runs import Result, Run, Study, read_run
 
@@ -90,7 +93,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     The same folders give the same bytes.
 
     Args:
-        runs: run folders, in the order in which the page shows them.
+        runs: run folders, in the order in which the page shows them; the folder of a search stands for its best run,
+            with all trials in a table.
         out: the HTML file; its folder is made where it does not exist.
 
     Returns:
@@ -101,6 +105,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     """
     if not runs:
         raise UserError("a report needs at least one run folder")
+    searches = {str(folder): Trials.load(folder / TRIALS) for folder in runs if (folder / TRIALS).is_file()}
+    runs = list(dict.fromkeys(_best(folder, searches.get(str(folder))) for folder in runs))
     read = {name: _whole(read_run(folder)) for name, folder in zip(_names(runs), runs, strict=True)}
     evaluated = {f"{name}, {result.name}": result for name, run in read.items() for result in run.results}
     environment = Environment(
@@ -115,6 +121,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         runs=read,
         evaluated=evaluated,
         date=max(run.date for run in read.values()),
+        searches=searches,
+        trials_figures=_trials_figures,
         curves=_curves(read),
         randomised={title: result.evaluation for title, result in evaluated.items() if result.evaluation.randomised},
         analyses={name: run.analysis for name, run in read.items() if run.analysis is not None},
@@ -132,6 +140,32 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     # A folder's name may hold bytes that are no text: they show as question marks.
     write_atomically(out, page.encode("utf-8", errors="replace"))
     return out
+
+
+def _best(folder: Path, search: Trials | None) -> Path:
+    """The folder itself or, of a search, that of its best run."""
+    if search is None:
+        return folder
+    if search.best is None:
+        raise UserError(f"no trial of {folder} is complete yet; it goes on with: {search.command}")
+    return folder / Path(search.best.run).name
+
+
+def _trials_figures(name: str, search: Trials) -> list[Markup]:
+    """What the trials came to, one after another, and against each number that they differ in."""
+    known = [trial for trial in search.trials if trial.value is not None]
+    series: dict[str, list[Any]] = {"trial": [trial.number for trial in known]}
+    for key in dict.fromkeys(key for trial in known for key in trial.parameters):
+        series[key] = [trial.parameters.get(key) for trial in known]
+    return [
+        trials_figure(
+            f"{name}: validation accuracy of {len(known)} trials against {key}",
+            key,
+            [(x, trial.value, trial.state == "complete") for x, trial in zip(xs, known, strict=True) if trial.value],
+        )
+        for key, xs in series.items()
+        if all(isinstance(x, int | float) and not isinstance(x, bool) for x in xs)
+    ]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -9,8 +9,9 @@ import threading
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -49,6 +50,26 @@ SEEN = "scalar_seen_"
 Record = dict[str, float | int | str | None]
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What a look at the held-out images showed.
+
+    Attributes:
+        epoch: after which it was, from 1, over all phases.
+        score: of these weights: clean or robust accuracy, as the method has it.
+        best: of the weights that the phase would ship if it ended here.
+        last: whether the run ends with this epoch.
+    """
+
+    epoch: int
+    score: float
+    best: float
+    last: bool
+
+
+OnValidation = Callable[[Validation], None]
+
+
 def train(
     recipe: Recipe | str | Path,
     out: str | Path | None = None,
@@ -58,6 +79,7 @@ def train(
     resume: bool = False,
     devices: int = 1,
     progress: bool = True,
+    on_validation: OnValidation | None = None,
 ) -> Path:
     """Train what a recipe describes.
 
@@ -69,6 +91,8 @@ def train(
         resume: go on with what the run folder holds, to bitwise the same weights as an uninterrupted run.
         devices: processes, one a GPU (or on the CPU); they share each batch.
         progress: show it on standard error.
+        on_validation: told of each validation, once its epoch is in the metrics and before the checkpoint; what it
+            raises ends the run.
 
     Returns:
         The run folder.
@@ -85,7 +109,8 @@ def train(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning_fabric")
         with torch.random.fork_rng():
-            _Training(recipe, run, data_dir=data_dir, resume=resume, devices=devices, progress=progress).run()
+            training = _Training(recipe, run, data_dir=data_dir, resume=resume, devices=devices, progress=progress)
+            training.run(on_validation)
     return run
 
 
@@ -164,8 +189,9 @@ class _Training:
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
 
-    def run(self) -> None:
+    def run(self, on_validation: OnValidation | None) -> None:
         """Train from where the run is to its end."""
+        self.on_validation = on_validation
         tensors: dict[str, Tensor] = {}
         if self.resumed:
             tensors = self._restore()
@@ -302,12 +328,15 @@ class _Training:
             self.examples.end_epoch()
         last = self.epoch + 1 == sum(phase.epochs for phase in self.phases)
         better = not len(self.held_out)
+        validation: Validation | None = None
         if len(self.held_out) and ((self.epoch + 1) % self.recipe.validation.every == 0 or last):
             clean, robust = self._validate()
             record |= {"validation_clean_accuracy": clean, "validation_robust_accuracy": robust}
             score = clean if self.method.selects_by == "clean" else robust
-            better = self.best is None or score > self.best
-            self.best = score if better else self.best
+            better = self.best is None or score > self.best or self.method.selects_by == "last"
+            if better or self.best is None:
+                self.best = score
+            validation = Validation(self.epoch + 1, score, self.best, last)
         self.records.append(record)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, defaultdict(float)
         if record["validation_clean_accuracy"] is not None or not len(self.held_out):
@@ -327,6 +356,8 @@ class _Training:
                     if isinstance(value, float):
                         self.board.add_scalar(name, value, self.epoch)
                 self.board.flush()
+        if validation is not None and self.on_validation is not None:
+            self.on_validation(validation)
         self._save()
 
     def _validate(self) -> tuple[float, float]:
@@ -401,7 +432,7 @@ def _check_folder(recipe: Recipe, folder: Path, state_file: Path, resume: bool) 
         if not begun.exists():
             raise UserError(f"there is no run to resume in {folder}; leave --resume out to begin one")
         old, new = load_recipe(begun).model_dump(), recipe.model_dump()
-        changed = [key for key in new if old[key] != new[key]]
+        changed = [key for key in new if key != "description" and old[key] != new[key]]
         if changed:
             raise UserError(
                 f"{folder} was begun with another recipe ({', '.join(changed)} differ); "

@@ -7,13 +7,11 @@ table for readers).
 import copy
 import itertools
 import json
-import re
 import shlex
 import statistics
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +28,19 @@ from redan.evaluation.results import Accuracy, Frozen
 from redan.files import write_atomically
 from redan.recipes.build import build
 from redan.recipes.schema import Recipe, load_recipe
-from redan.run import STATE, WEIGHTS, Checkpoint
-from redan.training.trainer import train
+from redan.run import WEIGHTS, Checkpoint
+from redan.sweeping.runs import begun, train_run, trained
+from redan.sweeping.text import (
+    as_text,
+    differences,
+    duration,
+    flow,
+    folder_name,
+    markdown_table,
+    plain_value,
+    short_keys,
+)
 from redan.version import __version__
-
-LONGEST_NAME = 255  # bytes that common file systems allow a folder's name
 
 
 class SweepRow(Frozen):
@@ -135,7 +141,7 @@ def sweep(
     """
     folder, data = Path(out), None if data_dir is None else Path(data_dir)
     choices = {key: _plain_list(key, values) for key, values in (grid or {}).items()}
-    changes = {key: _plain(key, value) for key, value in (overrides or {}).items()}
+    changes = {key: plain_value(key, value) for key, value in (overrides or {}).items()}
     plan = _plan(recipes, changes, choices, seeds, attack, checkpoint, folder)
     plan = _with_samples(plan, samples, data)
     book = _Book(folder / "sweep.json")
@@ -160,7 +166,7 @@ def sweep(
         if known.row.finished(analyse):
             continue
         place = f"row {number} of {len(plan)}"
-        soon = f" (about {_duration(statistics.fmean(durations) * left)} left)" if durations else ""
+        soon = f" (about {duration(statistics.fmean(durations) * left)} left)" if durations else ""
         say(f"{place}: {entry.row.title} seed {entry.row.seed}{soon}")
         started = time.monotonic()
         try:
@@ -268,18 +274,12 @@ class _Book:
         trained = self.trained(entry)
         if trained is not None:
             known = trained.recipe
-        elif _begun(folder):
+        elif begun(folder):
             known = load_recipe(folder)
         else:
             return
-        old, new = _flat(known.resolved()), _flat(entry.recipe.resolved())
-        differing = [
-            f"{key} is {_text(old.get(key))} there and {_text(new.get(key))} here"
-            for key in dict.fromkeys([*old, *new])
-            if old.get(key) != new.get(key)
-        ]
-        if differing:
-            raise UserError(f"{folder} holds a run of another recipe: {'; '.join(differing)}; choose another --out")
+        if differing := differences(known.resolved(), entry.recipe.resolved()):
+            raise UserError(f"{folder} holds a run of another recipe: {differing}; choose another --out")
 
     def keep(self, entry: _Entry) -> None:
         """Put the entry into the file."""
@@ -307,7 +307,7 @@ def _plan(
             raise UserError(f"{key} has a value for every row and values in the grid; leave one of them out")
     if "seed" in overrides | grid:
         raise UserError("the seeds of a sweep are named by --seeds, such as --seeds 0,1,2")
-    short = _short(grid)
+    short = short_keys(grid)
     plan: list[_Entry] = []
     names: dict[str, int] = {}
     resolved: dict[str, int] = {}
@@ -315,10 +315,8 @@ def _plan(
         chosen = dict(zip(grid, values, strict=True))
         changes = overrides | chosen
         recipe = load_recipe(source, {**copy.deepcopy(changes), "seed": seed})  # it writes into what it is given
-        parts = [recipe.name, *(f"{short[key]}={_text(value)}" for key, value in chosen.items())]
-        name = re.sub(r"[^A-Za-z0-9._=+-]", "_", f"{'+'.join(parts)}-seed{seed}")
-        if len(name) > LONGEST_NAME:
-            raise UserError(f"the folder's name {name!r} is longer than {LONGEST_NAME} characters; shorten the grid")
+        parts = [recipe.name, *(f"{short[key]}={as_text(value)}" for key, value in chosen.items())]
+        name = folder_name(f"{'+'.join(parts)}-seed{seed}")
         number = len(plan) + 1
         if (twin := resolved.setdefault(json.dumps(recipe.resolved()), number)) != number:
             raise UserError(f"rows {twin} and {number} are the same run, {name}; name it once")
@@ -362,9 +360,9 @@ def _trained(entry: _Entry, earlier: _Entry | None, *, data_dir: Path | None, pr
     folder = Path(entry.row.run)
     if earlier is not None and (folder / WEIGHTS["best"]).exists():
         return entry.having(epochs=earlier.row.epochs, training_seconds=earlier.row.training_seconds)
-    train(entry.recipe, folder, data_dir=data_dir, resume=_begun(folder), progress=progress)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return entry.having(epochs=len(records), training_seconds=round(sum(record["seconds"] for record in records), 3))
+    train_run(entry.recipe, folder, data_dir=data_dir, progress=progress)
+    epochs, seconds = trained(folder)
+    return entry.having(epochs=epochs, training_seconds=seconds)
 
 
 def _attacked(entry: _Entry, *, data_dir: Path | None, progress: bool) -> _Entry:
@@ -381,11 +379,6 @@ def _attacked(entry: _Entry, *, data_dir: Path | None, progress: bool) -> _Entry
         progress=progress,
     )
     return entry.having(clean=result.clean, robust=result.robust, evaluation_seconds=result.seconds)
-
-
-def _begun(folder: Path) -> bool:
-    """Whether there is a checkpoint to go on from; a run that failed before its first may be begun anew."""
-    return (folder / STATE).exists()
 
 
 def _over_seeds(accuracies: Sequence[Accuracy | None]) -> str:
@@ -415,8 +408,6 @@ def _markdown(rows: Sequence[SweepRow], command: str) -> str:
     attacks, threats, samples = (
         ", ".join(dict.fromkeys(str(getattr(row, key)) for row in rows)) for key in ("attack", "threat", "samples")
     )
-    cells = [header, ["---"] * len(header), *lines]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
     analysed = any(row.analysis is not None for row in rows)
     inside = f"Accuracies are of the {rows[0].checkpoint} checkpoint"
     inside += "; invariance and conflict of the last weights.\n" if analysed else ".\n"
@@ -426,7 +417,7 @@ def _markdown(rows: Sequence[SweepRow], command: str) -> str:
         f"Attack {attacks} within {threats} on the first {samples} test images; redan {__version__}.\n"
         "One seed: accuracy [95 % interval]. Several: mean ± sample standard deviation over seeds.\n"
         f"{inside}\n"
-        f"{table}\n" + (f"\n{failures}" if failures else "")
+        f"{markdown_table(header, lines)}" + (f"\n{failures}" if failures else "")
     )
 
 
@@ -444,9 +435,9 @@ def _command(
     """The command line that makes the same table."""
     words = ["redan", "sweep", *map(str, recipes)]
     for key, value in overrides.items():
-        words += ["-o", f"{key}={_flow(value)}"]
+        words += ["-o", f"{key}={flow(value)}"]
     for key, values in grid.items():
-        words += ["--grid", f"{key}={','.join(_flow(value) for value in values)}"]
+        words += ["--grid", f"{key}={','.join(flow(value) for value in values)}"]
     words += ["--seeds", ",".join(map(str, seeds))]
     words += [] if attack is None else ["--attack", attack]
     words += [] if samples is None else ["--samples", str(samples)]
@@ -455,47 +446,8 @@ def _command(
     return shlex.join([*words, "--out", str(folder)])
 
 
-def _short(keys: Iterable[str]) -> dict[str, str]:
-    """Each dotted key's last part, or the whole key where two end alike."""
-    last = {key: key.rpartition(".")[2] for key in keys}
-    times = Counter(last.values())
-    return {key: part if times[part] == 1 else key for key, part in last.items()}
-
-
 def _plain_list(key: str, values: Sequence[Any]) -> list[Any]:
-    plain = _plain(key, values)
+    plain = plain_value(key, values)
     if not isinstance(plain, list) or not plain:
         raise UserError(f"the grid needs a list of values for {key}, got {values!r}")
     return plain
-
-
-def _plain(key: str, value: Any) -> Any:
-    """The value as a file would give it back."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{key} takes numbers, text, true, false, null, lists and mappings, got {value!r}") from error
-
-
-def _flow(value: Any) -> str:
-    """The value on one line, as it stands inside a YAML list."""
-    return yaml.safe_dump([value], default_flow_style=True, width=float("inf"), allow_unicode=True).strip()[1:-1]
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else _flow(value)
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys, dotted."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
