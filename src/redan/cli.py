@@ -100,7 +100,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="New folder for the runs and the report.")] = Path("redan-demo"),
     as_json: Json = False,
 ) -> None:
-    """Train six methods on digits, attack them and write a report: two minutes, no network."""
+    """Train seven methods on digits, attack, certify and report: under three minutes, no network."""
     from redan.demonstration import demo as run_demo
 
     results, report = run_demo(out)
