@@ -46,7 +46,7 @@ BOUNDERS: dict[str, Callable[[SoundFloat], Bounder]] = {
     "crown-ibp": lambda sound: Crown("interval", sound),
     "crown": lambda sound: Crown("crown", sound),
     "alpha-crown": lambda sound: AlphaCrown(iterations=4, sound=sound),
-    "alpha-crown of the margins": lambda sound: AlphaCrown("crown", iterations=4, sound=sound),
+    "alpha-crown of the margins": lambda sound: AlphaCrown(iterations=4, intermediate="crown", sound=sound),
 }
 TYPES = [torch.float32, torch.float64]
 every_bounder = pytest.mark.parametrize("name", BOUNDERS)
@@ -357,6 +357,23 @@ def test_alpha_crown_is_at_least_crown(seed: int) -> None:
     assert (second.layers[position][1] <= first.layers[position][1]).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_alpha_crown_from_the_bounds_of_crown(seed: int) -> None:
+    network = NETWORKS["residual"](seed)
+    region, specification = problem(network, Linf(0.1), seed)
+    crown, optimise = Crown()(network, region, specification), AlphaCrown(4)
+    alone, begun = (optimise(network, region, specification, it) for it in (None, crown))
+    torch.testing.assert_close(begun.margins, alone.margins)
+    of_margins = replace(optimise, intermediate="crown")(network, region, specification, crown)
+    for position, (lower, upper) in crown.layers.items():
+        is_open = [(it.layers[position][0] < 0) & (it.layers[position][1] > 0) for it in (begun, alone)]
+        assert (is_open[0] == is_open[1]).all()  # of a ReLU that is settled, one end is as good as another
+        for one, other in zip(begun.layers[position], alone.layers[position], strict=True):
+            torch.testing.assert_close(one[is_open[0]], other[is_open[0]])
+        assert (of_margins.layers[position][0] == lower).all() and (of_margins.layers[position][1] == upper).all()
+    assert (of_margins.margins >= crown.margins - 1e-9).all() and (of_margins.margins > crown.margins + 1e-3).any()
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("seed", range(3))
 def test_no_bound_exceeds_the_minimum(seed: int, dtype: torch.dtype) -> None:
@@ -456,7 +473,8 @@ def test_without_slack_float32_proves_what_is_false(name: str, sound: SoundFloat
         wrong += bool(specification.shown(without.margins)) + violations(without, found, specification)
         kept = BOUNDERS[name](sound)(single, region, specification)
         assert violations(kept, found, specification) == 0
-        assert not specification.shown(kept.margins)
+        # In float64, where learning slopes ends, what does hold of the rounded weights may be shown.
+        assert not specification.shown(kept.margins) or specification.values(found[-1][0]).item() > 0
     assert wrong > 5
 
 
@@ -496,7 +514,7 @@ def overflowing(*steps: list[list[float]], low: float = 1.0) -> tuple[Network, R
 def test_overflow_tells_nothing(name: str) -> None:
     network, region, specification = overflowing([[1e30]], [[1e30]])
     bounds = BOUNDERS[name]("exact")(network, region, specification)
-    assert bounds.margins.item() == -torch.inf
+    assert bounds.margins.item() == -torch.inf or name == "learned zonotope"  # whose last pass is in float64
     assert violations(bounds, exactly(network, region.lower[None]), specification) == 0
 
 

@@ -1,12 +1,13 @@
 """Branch and bound on reduced problems: against exact minima over all patterns of ReLUs of tiny networks."""
 
-import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from redan.certification import verifier
 from redan.certification.branch_and_bound import BranchAndBound
 from redan.certification.building import Builder
 from redan.certification.crown import Crown
@@ -14,6 +15,7 @@ from redan.certification.network import Network
 from redan.certification.reduced import Block, Reduced, reduce, stack
 from redan.certification.regions import Region, Specification
 from redan.certification.rounding import SoundFloat
+from redan.certification.verifier import Verifier
 from redan.threats import Linf
 from tests.certification_cases import NETWORKS, dense, draws, exact_minima, outputs, points, problem
 
@@ -80,6 +82,11 @@ def reduced(
     return reduce(network, region, specification, layers, rows, sound)
 
 
+def each(problems: Reduced, seconds: float = HORIZON) -> dict[str, Any]:
+    """Every problem an image of its own, with as many seconds."""
+    return {"owners": range(len(problems)), "seconds": dict.fromkeys(range(len(problems)), seconds)}
+
+
 class Judge:
     """Says whether an image violates all functions of a problem, and keeps those that do."""
 
@@ -107,10 +114,10 @@ def solve(
     rows = rows or list(torch.arange(specification.offsets.shape[1])[:, None])
     judge = Judge(network, specification, rows)
     problems = reduced(network, region, specification, rows)
-    found = search(problems, deadline=time.monotonic() + HORIZON, refuted=judge)
+    verdicts, lower, visited, _ = search(problems, **each(problems), refuted=judge)
     for image in judge.images.values():
         assert ((image >= region.lower[0].flatten()) & (image <= region.upper[0].flatten())).all()
-    return *found, judge
+    return verdicts, lower, visited, judge
 
 
 def shifted(specification: Specification, by: Tensor) -> Specification:
@@ -258,8 +265,8 @@ def test_company_changes_nothing() -> None:
     judges = [Judge(network, specification, rows) for _, specification in cases]
     together = stack(problems)
     assert len(together) == 2 * len(cases)
-    verdicts, _, visited = SEARCH(
-        together, deadline=time.monotonic() + HORIZON, refuted=lambda k, images: judges[k // 2](k % 2, images)
+    verdicts, _, visited, _ = SEARCH(
+        together, **each(together), refuted=lambda k, images: judges[k // 2](k % 2, images)
     )
     assert verdicts == [it for found in alone for it in found[0]]
     assert visited == [it for found in alone for it in found[2]]
@@ -284,14 +291,78 @@ def test_no_time_left() -> None:
     case = shifted(specification, 0.001 - exact)
     problems = reduced(network, region, case)
     search = BranchAndBound(iterations=1)
-    verdicts, lower, visited = search(problems, deadline=time.monotonic() - 1, refuted=lambda k, images: False)
+    verdicts, lower, visited, spent = search(problems, **each(problems, 0.0), refuted=lambda k, images: False)
     assert None in verdicts and set(verdicts) <= {None, True}
-    assert visited == [1, 1]
+    assert visited == [1, 1] and set(spent) == {0, 1} and min(spent.values()) > 0
     assert (lower <= 0.001).all() and lower.isfinite().all()
     limited = replace(search, batch=2, limit=3)
-    verdicts, lower, visited = limited(problems, deadline=time.monotonic() + HORIZON, refuted=lambda k, images: False)
+    verdicts, lower, visited, _ = limited(problems, **each(problems), refuted=lambda k, images: False)
     assert max(visited) <= 4
     assert (lower <= 0.001).all()
+
+
+def test_an_image_ends_with_its_first_problem_that_is_lost() -> None:
+    """And only that image, however many are worked on; nor does the time of one end another."""
+    network, region, specification = tiny("dense", 0)
+    exact = minima(network, region, specification)
+    hard = reduced(network, region, shifted(specification, 0.02 - exact))
+    false = reduced(network, region, shifted(specification, torch.tensor([[0.02, -1000.0]]) - exact))
+    together = stack([hard, false, hard])
+
+    def refuted(k: int, images: Tensor) -> bool:
+        return k == 3
+
+    owners, long = [0, 0, 1, 1, 2, 2], dict.fromkeys(range(3), HORIZON)
+    verdicts, _, visited, spent = SEARCH(together, owners=owners, seconds=long, refuted=refuted)
+    assert verdicts == [True, True, None, False, True, True] and visited[2] == 1 < visited[0]
+    assert spent[1] < spent[0]
+    verdicts, _, visited, _ = SEARCH(together, owners=owners, seconds=long | {0: 0.0}, refuted=refuted)
+    assert None in verdicts[:2] and verdicts[2:] == [None, False, True, True]
+
+
+class Asked:
+    """The question of several images, which no attack answers."""
+
+    def __init__(self, network: Network, region: Region, specification: Specification) -> None:
+        self.region, self.specification = region, specification
+        self._network = network
+
+    def attack(self, name: str, who: Tensor) -> Tensor:
+        return self.region.part(who).lower.float()
+
+    def refutes(self, candidates: Tensor, who: Tensor) -> Tensor:
+        asked = self.specification.part(who)
+        return asked.worst(asked.values(self._network(candidates.double()))) <= 0
+
+
+def test_the_verifier_comes_to_the_same_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it matter whether an image's problems are all looked at together."""
+    network, cases = images_side_by_side()
+    region, specification = problem(network, Linf(0.3), 8, images=1)
+    # The first half holds, the second does not.
+    half = torch.tensor([[0.02, -0.02]]) - minima(network, region, specification)
+    cases.append((region, shifted(specification, half)))
+    region = Region(torch.cat([it.lower for it, _ in cases]), torch.cat([it.upper for it, _ in cases]))
+    parts = [it for _, it in cases]
+    specification = Specification(
+        torch.cat([it.weights for it in parts]), torch.cat([it.offsets for it in parts]), parts[0].groups
+    )
+    asked = Asked(network, region, specification)
+    sizes: list[int] = []
+
+    def listens(problems: list[Reduced]) -> Reduced:
+        sizes.append(len(problems))
+        return stack(problems)
+
+    monkeypatch.setattr(verifier, "stack", listens)
+    found = []
+    for many, numbers in ((False, 2**15), (False, 1), (True, 2**15)):
+        monkeypatch.setattr(verifier, "side_by_side", lambda device, many=many: many)
+        monkeypatch.setattr(verifier, "AT_ONCE", numbers)
+        found.append([(it.outcome, it.by) for it in Verifier("branch-and-bound")(network, asked)])
+        assert (max(sizes) > 1) is many
+    assert found[0] == found[1] == found[2] and ("certified", "branch-and-bound") in found[0]
+    assert found[0][-1][0] != "certified"
 
 
 def test_a_root_that_is_shown_is_not_split() -> None:
@@ -319,8 +390,6 @@ def test_an_unsound_block_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         network, region, specification = tiny("dense", seed)
         exact = minima(network, region, specification)
         problems = reduced(network, region, shifted(specification, -0.02 - exact))
-        verdicts, _, _ = BranchAndBound(limit=40)(
-            problems, deadline=time.monotonic() + HORIZON, refuted=lambda k, i: False
-        )
+        verdicts, *_ = BranchAndBound(limit=40)(problems, **each(problems), refuted=lambda k, i: False)
         false += verdicts.count(True)
     assert false > 0

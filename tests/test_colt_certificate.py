@@ -5,7 +5,6 @@ import time
 
 import pytest
 import torch
-from certification_cases import NETWORKS, problem
 from torch import Tensor
 
 from redan.certification.colt import LateMilp
@@ -15,16 +14,17 @@ from redan.certification.network import Linear, Network
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.zonotope import Zonotope, learn
 from redan.threats import Linf
+from tests.certification_cases import NETWORKS, problem
 
 
-def least(network: Network, region: Region, specification: Specification, bounds: Bounds, **binaries: int) -> Tensor:
+def least(network: Network, region: Region, specification: Specification, bounds: Bounds, binaries: Binaries) -> Tensor:
     found = minimise(
         network,
         region,
         specification,
         bounds.layers,
         image=0,
-        binaries=Binaries(**binaries),
+        binaries=binaries,
         timeout=20,
         stop_below=None,
         stop_above=None,
@@ -38,9 +38,11 @@ def test_exact_layers_at_the_end_lie_between_triangles_and_the_minimum(name: str
     network = NETWORKS[name](0)
     region, specification = problem(network, Linf(0.25), images=1)
     bounds = Interval()(network, region, specification)
-    late = [least(network, region, specification, bounds, last_layers=k) for k in range(len(network.relus) + 1)]
-    triangles = least(network, region, specification, bounds, per_layer=0)
-    exact = least(network, region, specification, bounds)
+    late = [
+        least(network, region, specification, bounds, Binaries(last_layers=k)) for k in range(len(network.relus) + 1)
+    ]
+    triangles = least(network, region, specification, bounds, Binaries(per_layer=0))
+    exact = least(network, region, specification, bounds, Binaries())
     slack = 1e-3  # what is taken off for the solvers' tolerances
     assert (late[0] - triangles).abs().max() < slack
     assert (late[-1] - exact).abs().max() < slack
@@ -55,7 +57,7 @@ def test_what_it_certifies_is_so_and_with_all_exact_it_certifies_all_that_is(nam
     network = NETWORKS[name](seed)
     region, specification = problem(network, Linf(0.03), seed, images=1)
     bounds = Zonotope()(network.to(torch.float32), region, specification)
-    exact = least(network, region, specification, Interval()(network, region, specification))
+    exact = least(network, region, specification, Interval()(network, region, specification), Binaries())
     asked: list[Tensor] = []
 
     def tried(image: Tensor) -> bool:
@@ -92,10 +94,12 @@ def test_nothing_is_begun_after_the_deadline() -> None:
     region, specification = problem(network, Linf(0.5), 4, images=1)
     bounds = Zonotope()(network.to(torch.float32), region, specification)
     asked: list[Tensor] = []
-    certificate = LateMilp()
-    assert not certificate(
-        network, region, specification, bounds, deadline=time.monotonic(), tried=lambda it: bool(asked.append(it))
-    )
+
+    def tried(image: Tensor) -> bool:
+        asked.append(image)
+        return False
+
+    assert not LateMilp()(network, region, specification, bounds, deadline=time.monotonic(), tried=tried)
     position = network.bent[1]
     layers = {i: (low.double(), high.double()) for i, (low, high) in bounds.layers.items()}
     low, high = lp_refine(network, region, layers, position, image=0, deadline=time.monotonic())

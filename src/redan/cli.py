@@ -259,8 +259,8 @@ def certify(
         str,
         typer.Option(
             "--method",
-            help="cascade, or one of its parts: interval, zonotope, crown-ibp, crown, alpha-crown, branch-and-bound, "
-            "milp.",
+            help="cascade, colt (as published), or one part: interval, zonotope, learned-zonotope, crown-ibp, crown, "
+            "alpha-crown, input-split, branch-and-bound, milp.",
         ),
     ] = "cascade",
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for each image that bounds leave open.")] = 60.0,

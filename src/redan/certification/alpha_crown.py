@@ -6,6 +6,7 @@ after the other and each row by itself: memory does not grow with the number of 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class AlphaCrown:
         rate: their size; slopes lie in [0, 1].
         decay: factor of the rate, a step.
         until_shown: no more steps for a function that is above 0, or whose image has lost all hope to be improved.
+        intermediate: how the layers before the last are bounded: optimised, too, or by ``crown``, which takes a small
+            part of the time where many neurons are open.
         sound: which rounding errors the bounds cover.
     """
 
@@ -35,18 +38,26 @@ class AlphaCrown:
     rate: float = 0.25
     decay: float = 0.95
     until_shown: bool = False
+    intermediate: Literal["alpha-crown", "crown"] = "alpha-crown"
     sound: SoundFloat = "exact"
 
     @full_products()
-    def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
+    def __call__(
+        self, network: Network, region: Region, specification: Specification, crown: Bounds | None = None
+    ) -> Bounds:
+        """As every bounder; ``crown`` are CROWN's bounds of the same network on the same regions, if they are there."""
         relaxation = Relaxation(network, region, self.sound)
         targets = network.bent
         for _ in network.layers:
             position = relaxation.extend()
             if position in targets and not relaxation.interval_is_exact(position):
-                with torch.no_grad():
-                    tighten_open(relaxation, position)
-                tighten_open(relaxation, position, self.optimise)
+                if crown is not None:
+                    relaxation.tighten(position, *crown.layers[position])
+                else:
+                    with torch.no_grad():
+                        tighten_open(relaxation, position)
+                if self.intermediate == "alpha-crown":
+                    tighten_open(relaxation, position, self.optimise)
         margins = specify(relaxation, specification, self.optimise)
         return Bounds({i: relaxation.boxes[i] for i in targets}, margins)
 

@@ -3,8 +3,8 @@
 A sub-problem says of some open ReLUs that their input is at least, or at most, 0. Its bound is CROWN's with those
 ReLUs linear, the lower slopes ``alpha`` of the rest optimised, and what it says as a multiplier ``beta >= 0`` in the
 coefficients: ``f >= f - beta y`` where ``y >= 0``. Splitting ends with every bound above 0, a counterexample, or the
-time. It works on reduced problems (``reduced``), many at a time, each with a queue of its own: what happens to one
-does not depend on its company.
+time. It works on reduced problems (``reduced``), many at a time and of several images, each with a queue of its own:
+what happens to one does not depend on its company.
 
 The ReLU to split: those whose relaxation costs most (Bunel et al., JMLR 2020) are tried out with one bound for each
 side (filtered smart branching: De Palma et al., 2021), and the one is taken whose sides gain most, by the product that
@@ -13,7 +13,7 @@ mixed-integer solvers rate branches with (Achterberg, 2007): it beat the worse s
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,23 +94,25 @@ class BranchAndBound:
         self,
         problems: Reduced,
         *,
-        deadline: float,
+        owners: Sequence[int],
+        seconds: Mapping[int, float],
         refuted: Callable[[int, Tensor], bool],
-        together: bool = False,
-    ) -> tuple[list[bool | None], Tensor, list[int]]:
+    ) -> tuple[list[bool | None], Tensor, list[int], dict[int, float]]:
         """Solve problems side by side.
 
         Args:
             problems: that are to be shown.
-            deadline: in terms of ``time.monotonic``.
+            owners: of each problem, which image it is about. All problems of an image must be shown: one that is
+                refuted or given up ends the work on the others.
+            seconds: that each image has. What passes is shared by the images that are worked on.
             refuted: is asked whether an image, ``(k, d)`` float64, of a problem is a counterexample.
-            together: whether all must be shown, so that one that is refuted or given up ends the work on the others.
 
         Returns:
             Of each problem whether it was shown (True), refuted (False) or neither (None), its lower bound ``(p,)``,
-            and how many sub-problems were bounded.
+            and how many sub-problems were bounded; and the seconds that each image took.
         """
         count, n = len(problems), problems.open
+        spent, clock = dict.fromkeys(owners, 0.0), time.monotonic()
         verdicts: list[bool | None] = [None] * count
         lower = torch.full((count,), -torch.inf, dtype=torch.float64)
         visited = [0] * count
@@ -127,9 +129,18 @@ class BranchAndBound:
                 verdicts[k] = False
             elif n:
                 queues[k] = _Queue(root.part(k, slice(None)), bound[k])
-        lost = [k for k in range(count) if verdicts[k] is not True and k not in queues]
-        while queues and time.monotonic() < deadline and not (together and lost):
-            active = sorted(queues)
+        lost = {owners[k] for k in range(count) if verdicts[k] is not True and k not in queues}
+        working = set(owners)
+        while True:
+            passed, clock = time.monotonic() - clock, time.monotonic()
+            for owner in working:
+                spent[owner] += passed / len(working)
+                if spent[owner] >= seconds[owner]:
+                    lost.add(owner)
+            active = sorted(k for k in queues if owners[k] not in lost)
+            working = {owners[k] for k in active}
+            if not active:
+                return verdicts, lower, visited, spent
             picked = [queues[k].worst(self.batch // 2) for k in active]
             width = max(len(bounds) for _, bounds in picked)
             parents = State.join([it.widened(width) for it, _ in picked], torch.stack)
@@ -144,7 +155,7 @@ class BranchAndBound:
                     verdicts[k] = False
                     lower[k] = min(float(bound[j, mine].min()), queues[k].lowest)
                     del queues[k]
-                    lost.append(k)
+                    lost.add(owners[k])
                     continue
                 left = mine[(bound[j, mine] <= 0).cpu()]
                 rest, bounds, stuck = self._settle(some, j, children.part(j, left), bound[j, left])
@@ -153,10 +164,9 @@ class BranchAndBound:
                 if not len(queues[k]):
                     verdicts[k], lower[k] = True, 0.0
                 if len(queues[k]) and (stuck or visited[k] >= self.limit):
-                    lost.append(k)
+                    lost.add(owners[k])
                 if not len(queues[k]) or stuck or visited[k] >= self.limit:
                     del queues[k]
-        return verdicts, lower, visited
 
     def _settle(self, problems: Reduced, j: int, state: State, bounds: Tensor) -> tuple[State, Tensor, bool]:
         """Sub-problems of the j-th problem that are left: those with nothing to split get many more steps, once.

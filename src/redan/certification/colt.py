@@ -24,6 +24,7 @@ from redan.certification.rounding import SoundFloat
 from redan.certification.zonotope import learn
 
 LP_SECONDS = 10.0  # for one neuron
+ITERATIONS = 500  # of Adam on the slopes, at most
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LateMilp:
     """
 
     refined: int = 1
-    iterations: int = 500
+    iterations: int = ITERATIONS
     last_layers: int = 1
     binaries: int = 30
     sound: SoundFloat = "exact"

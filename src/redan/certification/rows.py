@@ -43,12 +43,17 @@ class Rows:
         """What each row sees of a layer's tensor ``(n, *shape)``: like ``values``, with zeros over the edge."""
         if self.corner is None:
             return layer.index_select(0, self.image)
+        if not len(self):
+            return torch.zeros_like(self.values)
+        # Of the images that these rows are about alone: a chunk of rows is about few, and the layer is copied below.
+        first, last = (int(it) for it in self.image.aminmax())
+        layer, image = layer[first : last + 1], self.image - first
         (kh, kw), (channels, high, wide) = self.values.shape[2:], layer.shape[1:]
         down = self.corner[:, :1] + torch.arange(kh, device=self.corner.device)
         across = self.corner[:, 1:] + torch.arange(kw, device=self.corner.device)
         # Pixel by pixel, all channels of one side by side, and one pixel of zeros for what lies over the edge.
         pixels = torch.cat([layer.permute(0, 2, 3, 1).reshape(-1, channels), layer.new_zeros(1, channels)])
-        place = ((self.image[:, None] * high + down) * wide)[:, :, None] + across[:, None, :]
+        place = ((image[:, None] * high + down) * wide)[:, :, None] + across[:, None, :]
         inside = ((down >= 0) & (down < high))[:, :, None] & ((across >= 0) & (across < wide))[:, None, :]
         place = torch.where(inside, place, len(pixels) - 1)
         return pixels.index_select(0, place.flatten()).view(len(self), kh, kw, channels).permute(0, 3, 1, 2)

@@ -2,10 +2,12 @@
 
 A few steps of an attack come first: what they break need not be proved. Bounds follow, each on those that the ones
 before left open; the strong attack comes after the first bounds, as on what these settle it would be wasted. Last are
-branch and bound and a mixed-integer solver, image by image, until the time is up.
+searches, image by image, until the time is up: input splitting where there are few inputs, branch and bound on ReLUs, a
+mixed-integer solver.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,11 +21,13 @@ from redan.attacks.pgd import PGD
 from redan.attacks.search import SearchModel
 from redan.certification.alpha_crown import AlphaCrown
 from redan.certification.branch_and_bound import BranchAndBound
+from redan.certification.colt import ITERATIONS, LateMilp
 from redan.certification.crown import Crown
+from redan.certification.input_split import InputSplit
 from redan.certification.interval import Interval
 from redan.certification.milp import minimise
 from redan.certification.network import Network
-from redan.certification.reduced import reduce
+from redan.certification.reduced import reduce, stack
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.rounding import SoundFloat, check_sound_float
 from redan.certification.zonotope import Zonotope
@@ -33,27 +37,40 @@ from redan.threats import LpBall
 
 # Stages of each method, in order.
 METHODS: dict[str, tuple[str, ...]] = {
-    "cascade": ("pgd", "interval", "crown", "apgd-t", "alpha-crown", "branch-and-bound", "milp"),
+    "cascade": ("pgd", "interval", "crown", "apgd-t", "alpha-crown", "input-split", "branch-and-bound", "milp"),
     "interval": ("pgd", "interval"),
     "zonotope": ("pgd", "zonotope"),
+    "learned-zonotope": ("pgd", "zonotope", "learned-zonotope"),
     "crown-ibp": ("pgd", "crown-ibp"),
     "crown": ("pgd", "crown"),
     "alpha-crown": ("pgd", "crown", "alpha-crown"),
+    "input-split": ("pgd", "crown", "apgd-t", "input-split"),
     "branch-and-bound": ("pgd", "crown", "apgd-t", "alpha-crown", "branch-and-bound"),
     "milp": ("pgd", "crown", "apgd-t", "alpha-crown", "milp"),
+    "colt": ("pgd", "zonotope", "apgd-t", "learned-zonotope", "colt"),
 }
 
 # The stages that go image by image, last of all.
-SEARCHES = ("branch-and-bound", "milp")
+SEARCHES = ("input-split", "branch-and-bound", "milp", "colt")
 
-# Share of an image's time that branch and bound may take where a mixed-integer solver is still to come.
-BRANCHING_SHARE = 0.2
+# Share of an image's time that a search may take where another is still to come.
+SHARES = {"input-split": 0.4, "branch-and-bound": 0.2}
+
+# Inputs up to which they are split: of trained networks with 120 ReLUs, splitting inputs took less than a tenth of what
+# splitting ReLUs took with 3 to 8 inputs; with 10 neither was done in time, and with 12 ReLUs were better.
+FEW_INPUTS = 10
+
+# Inputs beyond which splitting them is refused even where it is asked for by name.
+MOST_INPUTS = 64
 
 # Open ReLUs times problems that branch and bound holds at once.
 AT_ONCE = 2**15
 
 # Open ReLUs of one image beyond which splitting them, or deciding them by a solver, is hopeless and fills the memory.
-MOST_OPEN = 5000
+MOST_OPEN = {"branch-and-bound": 5000, "milp": 1000}
+
+# Beyond as many, alpha-CROWN optimises the specification alone, not also the bounds of every open ReLU.
+MANY_OPEN = 1000
 
 LONGEST = 1e9  # seconds; beyond, solvers refuse
 
@@ -180,8 +197,29 @@ class Verifier:
 
         Returns:
             One verdict an image.
+
+        Raises:
+            UserError: where input splitting alone is asked for and there are too many inputs.
         """
+        inputs = torch.Size(network.input_shape).numel()
+        if self.method == "input-split" and inputs > MOST_INPUTS:
+            raise UserError(f"input-split is for networks of at most {MOST_INPUTS} inputs; this one has {inputs}")
         return _Course(self, network, question, told).run()
+
+
+def side_by_side(device: torch.device) -> bool:
+    """Whether several images are branched on together: on a CPU that took 1.3 times as long as one by one."""
+    return device.type != "cpu"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Problems of one image for branch and bound, with as many functions and open ReLUs each."""
+
+    image: int
+    functions: int
+    open: int
+    rows: list[Tensor]
 
 
 class _Course:
@@ -194,6 +232,10 @@ class _Course:
         self._network, self._fast = network, network.to(torch.float32)
         self._verdicts = [Verdict() for _ in range(len(question.region))]
         self._bounds: dict[int, Bounds] = {}  # of each image still open, on its own
+        few = verifier.method == "input-split" or torch.Size(network.input_shape).numel() <= FEW_INPUTS
+        stages = METHODS[verifier.method]
+        self._searches = [it for it in stages if it in SEARCHES and (few or it != "input-split")]
+        self._left = [verifier.timeout] * len(self._verdicts)  # seconds for searches
 
     def run(self) -> list[Verdict]:
         for stage in METHODS[self._verifier.method]:
@@ -207,11 +249,13 @@ class _Course:
             else:
                 self._bound(stage, left)
             self._told(stage, self._verdicts)
-        for i in self._open().tolist():
-            for stage in [it for it in METHODS[self._verifier.method] if it in SEARCHES]:
-                if self._verdicts[i].outcome == "unknown":
-                    self._search(stage, i)
-            self._told("search", self._verdicts)
+        for stage in self._searches:
+            if stage == "branch-and-bound":
+                self._branch()
+                continue
+            for i in self._open().tolist():
+                self._search(stage, i)
+                self._told("search", self._verdicts)
         return self._verdicts
 
     def _open(self) -> Tensor:
@@ -243,77 +287,171 @@ class _Course:
 
     def _bound(self, stage: str, who: Tensor) -> None:
         sound = self._verifier.sound
-        bounders: dict[str, Interval | Zonotope | Crown | AlphaCrown] = {
+        bounders: dict[str, Interval | Zonotope | Crown] = {
             "interval": Interval(sound),
-            "zonotope": Zonotope(iterations=30, sound=sound),
+            "zonotope": Zonotope(sound=sound),
+            "learned-zonotope": Zonotope(ITERATIONS, sound=sound),
             "crown-ibp": Crown("interval", sound),
             "crown": Crown("crown", sound),
-            "alpha-crown": AlphaCrown(until_shown=True, sound=sound),
         }
         with self._timed(who.tolist()):
             region, specification = self._question.region.part(who), self._question.specification.part(who)
-            found = bounders[stage](self._fast, region, specification)
+            if stage == "alpha-crown":  # after "crown" in every method
+                found = self._optimise(region, specification, [self._bounds[i] for i in who.tolist()])
+            else:
+                found = bounders[stage](self._fast, region, specification)
             shown = specification.shown(found.margins)
         worst = specification.worst(found.margins)
         for k, i in enumerate(who.tolist()):
             margin = max(float(worst[k]), self._verdicts[i].margin or -torch.inf)
             outcome: Outcome = "certified" if shown[k] else "unknown"
             self._verdicts[i] = replace(self._verdicts[i], outcome=outcome, by=stage, margin=margin)
-            self._bounds[i] = Bounds(
-                {j: (low[k : k + 1], high[k : k + 1]) for j, (low, high) in found.layers.items()},
-                found.margins[k : k + 1],
-            )
+            self._bounds[i] = found.part(k)
+
+    def _optimise(self, region: Region, specification: Specification, crown: list[Bounds]) -> Bounds:
+        """alpha-CROWN from CROWN's bounds of each image, by the kind that its open ReLUs allow."""
+        many = torch.tensor([it.open > MANY_OPEN for it in crown])
+        found: dict[int, Bounds] = {}
+        kinds: dict[Literal["alpha-crown", "crown"], Tensor] = {"alpha-crown": ~many, "crown": many}
+        for kind, which in kinds.items():
+            places = which.nonzero().squeeze(1)
+            if len(places):
+                method = AlphaCrown(until_shown=True, intermediate=kind, sound=self._verifier.sound)
+                start = Bounds.join([crown[k] for k in places.tolist()])
+                part = method(self._fast, region.part(places), specification.part(places), start)
+                found |= {k: part.part(j) for j, k in enumerate(places.tolist())}
+        return Bounds.join([found[k] for k in range(len(crown))])
+
+    def _seconds(self, stage: str, i: int) -> float:
+        """That a search may take for an image: all that is left where it is the last that comes into question."""
+        count = self._bounds[i].open
+        last = [it for it in self._searches if count <= MOST_OPEN.get(it, count)][-1:]
+        return self._left[i] if [stage] == last else SHARES[stage] * self._verifier.timeout
+
+    def _took(self, i: int, seconds: float) -> None:
+        self._left[i] -= seconds
+        self._verdicts[i] = replace(self._verdicts[i], seconds=self._verdicts[i].seconds + seconds)
 
     def _search(self, stage: str, i: int) -> None:
-        """Branch and bound, or a mixed-integer solver, on one image."""
-        with self._timed([i]):
-            alone = torch.tensor([i], device=self._network.device)
-            question, bounds = self._question, self._bounds[i]
-            region, specification = question.region.part(alone), question.specification.part(alone)
-            # The groups of which no function is known to be above 0 everywhere.
-            groups = [specification.groups == g for g in specification.groups.unique().tolist()]
-            left = [it.nonzero().squeeze(1) for it in groups if not (bounds.margins[0][it] > 0).any()]
-            method = self._branch if stage == "branch-and-bound" else self._solve
-            shown = bounds.open <= MOST_OPEN and method(i, region, specification, bounds, left)
-        verdict = replace(
-            self._verdicts[i], by=stage if self._verdicts[i].outcome == "unknown" else self._verdicts[i].by
-        )
-        if shown and verdict.outcome == "unknown":
-            verdict = replace(verdict, outcome="certified", margin=0.0)
-        self._verdicts[i] = verdict
+        """A search on one image."""
+        self._verdicts[i] = replace(self._verdicts[i], by=stage)
+        if self._bounds[i].open > MOST_OPEN.get(stage, torch.inf):
+            return
+        started = time.monotonic()
+        search = {"input-split": self._split, "milp": self._solve, "colt": self._solve_late}[stage]
+        if search(i, started + self._seconds(stage, i)):
+            self._certify(i)
+        self._took(i, time.monotonic() - started)
 
-    def _branch(self, i: int, region: Region, specification: Specification, bounds: Bounds, left: list[Tensor]) -> bool:
-        stages = METHODS[self._verifier.method]
-        share = BRANCHING_SHARE if "milp" in stages else 1.0
-        deadline = time.monotonic() + share * self._verifier.timeout
+    def _certify(self, i: int) -> None:
+        if self._verdicts[i].outcome == "unknown":
+            self._verdicts[i] = replace(self._verdicts[i], outcome="certified", margin=0.0)
 
-        def refuted(_: int, images: Tensor) -> bool:
-            shape = self._network.input_shape
-            candidates = images.view(-1, *shape).float().clamp(*region.inner())
-            who = torch.full((len(candidates),), i, device=candidates.device)
-            return bool(self._refute("branch-and-bound", candidates, who).any())
+    def _part(self, i: int) -> tuple[Region, Specification]:
+        alone = slice(i, i + 1)
+        return self._question.region.part(alone), self._question.specification.part(alone)
 
-        # Problems side by side: as many as memory bears, with as many functions each.
-        most = max(1, AT_ONCE // max(1, bounds.open))
-        for count in sorted({len(rows) for rows in left}):
-            some = [rows for rows in left if len(rows) == count]
-            for k in range(0, len(some), most):
-                part = some[k : k + most]
-                problems = reduce(self._network, region, specification, bounds.layers, part, self._verifier.sound)
-                verdicts, _, _ = BranchAndBound()(problems, deadline=deadline, refuted=refuted, together=True)
-                if not all(it is True for it in verdicts):
-                    return False
-        return True
+    def _groups(self, i: int) -> list[Tensor]:
+        """The functions of each group of which none is known to be above 0 everywhere."""
+        specification, margins = self._part(i)[1], self._bounds[i].margins[0]
+        groups = [specification.groups == g for g in specification.groups.unique().tolist()]
+        return [it.nonzero().squeeze(1) for it in groups if not (margins[it] > 0).any()]
 
-    def _solve(self, i: int, region: Region, specification: Specification, bounds: Bounds, left: list[Tensor]) -> bool:
+    def _found(self, stage: str, i: int, images: Tensor) -> bool:
+        """Whether one of some images ``(k, d)`` float64, brought into the i-th region, is a counterexample."""
+        region, _ = self._part(i)
+        candidates = images.view(-1, *self._network.input_shape).float().clamp(*region.inner())
+        who = torch.full((len(candidates),), i, device=candidates.device)
+        return bool(self._refute(stage, candidates, who).any())
+
+    def _split(self, i: int, deadline: float) -> bool:
+        def refuted(images: Tensor) -> bool:
+            return self._found("input-split", i, images)
+
+        search = InputSplit(sound=self._verifier.sound)
+        return search(self._network, *self._part(i), deadline=deadline, refuted=refuted)[0] is True
+
+    def _solve_late(self, i: int, deadline: float) -> bool:
+        region, specification = self._part(i)
         if region.ball is not None:
             return False
-        deadline = time.monotonic() + self._verifier.timeout
-        if "branch-and-bound" in METHODS[self._verifier.method]:
-            deadline -= BRANCHING_SHARE * self._verifier.timeout
-        network, region = self._network.to(device="cpu"), region.to(torch.float64, torch.device("cpu"))
-        layers = {j: (low.cpu().double(), high.cpu().double()) for j, (low, high) in bounds.layers.items()}
-        for rows in left:
+        cpu = torch.device("cpu")
+        return LateMilp(sound=self._verifier.sound, threads=self._verifier.threads)(
+            self._network.to(device=cpu),
+            region.to(torch.float64, cpu),
+            specification.to(cpu),
+            self._bounds[i],
+            deadline=deadline,
+            tried=lambda image: self._found("colt", i, image[None].to(self._network.device)),
+        )
+
+    def _branch(self) -> None:
+        """Branch and bound on all images that are left."""
+        for i in self._open().tolist():
+            self._verdicts[i] = replace(self._verdicts[i], by="branch-and-bound")
+        jobs = sorted(self._jobs(), key=lambda it: (it.functions, it.open, it.image))
+        left, lost = Counter(it.image for it in jobs), set[int]()
+        while jobs:
+            pack: list[_Job] = []
+            while jobs and (not pack or self._fits(pack, jobs[0])):
+                pack.append(jobs.pop(0))
+            pack = [it for it in pack if it.image not in lost]
+            if not pack:
+                continue
+            verdicts = self._bound_together(pack)
+            for job in pack:
+                left[job.image] -= 1
+                if not verdicts[job.image]:
+                    lost.add(job.image)
+                elif not left[job.image]:
+                    self._certify(job.image)
+            self._told("search", self._verdicts)
+
+    def _jobs(self) -> Iterator["_Job"]:
+        for i in self._open().tolist():
+            count, groups = self._bounds[i].open, self._groups(i)
+            if count > MOST_OPEN["branch-and-bound"]:
+                continue
+            most = max(1, AT_ONCE // max(1, count))
+            for functions in sorted({len(rows) for rows in groups}):
+                some = [rows for rows in groups if len(rows) == functions]
+                for k in range(0, len(some), most):
+                    yield _Job(i, functions, count, some[k : k + most])
+
+    def _fits(self, pack: list["_Job"], job: "_Job") -> bool:
+        """Whether one more image's problems come with the others."""
+        problems = sum(len(it.rows) for it in [*pack, job])
+        alike = job.functions == pack[0].functions and job.image not in {it.image for it in pack}
+        return side_by_side(self._network.device) and alike and problems * max(1, job.open) <= AT_ONCE
+
+    def _bound_together(self, pack: list["_Job"]) -> dict[int, bool]:
+        """Which images' problems were all shown."""
+        started = time.monotonic()
+        seconds = {it.image: self._seconds("branch-and-bound", it.image) for it in pack}
+        sound, layers = self._verifier.sound, {it.image: self._bounds[it.image].layers for it in pack}
+        problems = [reduce(self._network, *self._part(it.image), layers[it.image], it.rows, sound) for it in pack]
+        owners = [it.image for it in pack for _ in it.rows]
+        preparing = (time.monotonic() - started) / len(pack)
+        verdicts, _, _, spent = BranchAndBound()(
+            stack(problems),
+            owners=owners,
+            seconds={i: it - preparing for i, it in seconds.items()},
+            refuted=lambda k, images: self._found("branch-and-bound", owners[k], images),
+        )
+        for i in spent:
+            self._took(i, preparing + spent[i])
+        return {i: all(it is True for k, it in zip(owners, verdicts, strict=True) if k == i) for i in spent}
+
+    def _solve(self, i: int, deadline: float) -> bool:
+        """A mixed-integer solver on each function by itself."""
+        region, specification = self._part(i)
+        if region.ball is not None:
+            return False
+        cpu = torch.device("cpu")
+        network, region = self._network.to(device=cpu), region.to(torch.float64, cpu)
+        specification = specification.to(cpu)
+        layers = {j: (low.cpu().double(), high.cpu().double()) for j, (low, high) in self._bounds[i].layers.items()}
+        for rows in self._groups(i):
             if not any(self._row(i, network, region, specification, layers, int(row), deadline) for row in rows):
                 return False
         return True
@@ -331,11 +469,10 @@ class _Course:
         seconds = deadline - time.monotonic()
         if seconds <= 0 or self._verdicts[i].outcome != "unknown":
             return False
-        cpu = Specification(specification.weights.cpu(), specification.offsets.cpu(), specification.groups.cpu())
         found = minimise(
             network,
             region,
-            cpu,
+            specification,
             layers,
             image=0,
             rows=[row],

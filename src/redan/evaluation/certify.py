@@ -132,7 +132,9 @@ def certify(
         "images": fingerprint({"labels": dataset.test.labels[:count], "first": dataset.test.images[:8]}),
     }
     stem = _stem(settings, named=out is not None)
-    journal = Journal(None if folder is None else folder / f"{stem}.partial", settings, resume=resume)
+    # What is kept names stages by their places, which another version may have numbered otherwise.
+    kept = settings | {"stages": list(STAGES)}
+    journal = Journal(None if folder is None else folder / f"{stem}.partial", kept, resume=resume)
     labels = dataset.test.labels
     with journal.kept_when_stopped(), CertificationProgress(len(places), show=progress) as bar:
         work = _Work(verifier, network, model, ball, labels, images, seed, journal, bar, device)
