@@ -249,6 +249,10 @@ def test_what_each_training_attack_maximises_and_where_it_starts() -> None:
         "arrest": (cross_entropy, "random"),
         "atop": (cross_entropy, "image"),
         "colt": (cross_entropy, "random"),
+        "ibp": (cross_entropy, "random"),
+        "crown-ibp": (cross_entropy, "random"),
+        "sabr": (cross_entropy, "random"),
+        "mtl-ibp": (cross_entropy, "random"),
     }
     assert {name for name, family in METHODS.items() if not family.attacks} == {"standard"}
 

@@ -21,6 +21,7 @@ THIN: dict[str, dict[str, int]] = {
     "wide-resnet": {"depth": 10, "width": 1},
     "convmed": {"hidden": 20},
     "convmedbig": {"hidden": 20},
+    "cnn7": {"width": 2, "hidden": 20},
     "small-cnn": {"width": 4},
     "small-cnn-bn": {"width": 4},
 }
@@ -44,6 +45,7 @@ def parameters(model: nn.Module) -> int:
         ("wide-resnet", 3, 32, {"depth": 28, "width": 10}, 36_479_194),
         ("wide-resnet", 3, 32, {"depth": 34, "width": 10}, 46_160_474),
         ("convmedbig", 3, 32, {}, 2_133_736),
+        ("cnn7", 3, 32, {}, 17_192_650 - 1024),  # less the biases that BatchNorm takes out again
         ("convmed", 3, 32, {"w1": 2, "w2": 4, "hidden": 250}, 2_118_856),
         ("convmed", 1, 28, {"w1": 2, "w2": 4, "hidden": 250}, 1_637_256),
         ("convmed", 1, 28, {"w1": 2, "w2": 2, "hidden": 100}, 348_374),

@@ -103,7 +103,10 @@ class Relaxation:
             lower, upper = self.boxes[position]
             open_ = (lower < 0) & (upper > 0)
             # A hair steeper than the chord: above the ReLU at both ends however the quotient was rounded.
-            slope = (upper / 2 / (upper / 2 - lower / 2)) * (1 + 4 * torch.finfo(upper.dtype).eps)
+            half = torch.where(
+                open_, upper / 2 - lower / 2, 1.0
+            )  # of a box that is a point no 0 / 0, for gradients' sake
+            slope = (upper / 2 / half) * (1 + 4 * torch.finfo(upper.dtype).eps)
             slope = torch.where(open_, slope.nan_to_num(1.0), (lower >= 0).to(slope))
             zero = torch.where(open_, lower, 0.0)
             default = torch.where(open_, (upper > -lower).to(slope), slope)

@@ -12,10 +12,14 @@ from redan.methods.arrest import ARREST
 from redan.methods.atop import AToP
 from redan.methods.base import Adversary, NetworkMethod
 from redan.methods.colt import COLT
+from redan.methods.crown_ibp import CROWNIBP
 from redan.methods.dpls import DPLSConfig
+from redan.methods.ibp import IBP
 from redan.methods.lbgat import LBGAT
 from redan.methods.mart import MART
+from redan.methods.mtl_ibp import MTLIBP
 from redan.methods.pgd_at import PGDAT
+from redan.methods.sabr import SABR
 from redan.methods.standard import Standard
 from redan.methods.targets import Targets
 from redan.methods.trades import TRADES
@@ -31,13 +35,19 @@ METHODS: dict[str, type[NetworkMethod]] = {
     "arrest": ARREST,
     "atop": AToP,
     "colt": COLT,
+    "ibp": IBP,
+    "crown-ibp": CROWNIBP,
+    "sabr": SABR,
+    "mtl-ibp": MTLIBP,
 }
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
     if name not in METHODS:
         raise unknown("method", name, METHODS)
-    parameters = inspect.signature(METHODS[name].__init__).parameters.values()
+    # A method has the options of the one that it extends, too.
+    makers = [vars(family)["__init__"] for family in reversed(METHODS[name].__mro__) if "__init__" in vars(family)]
+    parameters = [p for make in makers for p in inspect.signature(make).parameters.values()]
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 

@@ -1,4 +1,4 @@
-"""Plain convolutional networks: COLT's two (Balunović & Vechev, ICLR 2020) and a small one for tiny images.
+"""Plain convolutional networks: COLT's two, CNN7 of the certified trainers after it, and a small one for tiny images.
 
 They are chains of layers and nothing else, which is what a verifier reads best.
 """
@@ -58,6 +58,32 @@ def conv_med_big(
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(32 * w3 * side * side, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, classes),
+    )
+
+
+def cnn7(
+    normalise: Normalise, *, in_channels: int, size: int, classes: int, width: int = 64, hidden: int = 512
+) -> nn.Sequential:
+    """CNN7 of Shi et al. (NeurIPS 2021): five 3x3 convolutions, the third of stride 2, and two linear layers.
+
+    ``width`` filters twice, then ``2 width``; a BatchNorm behind each layer but the last. Convolutions and the hidden
+    layer have no bias, for BatchNorm would take it out again.
+
+    Shape: images ``(n, in_channels, size, size)`` in [0, 1] to logits ``(n, classes)``.
+    """
+    layers: list[nn.Module] = [normalise]
+    channels = in_channels
+    for filters, stride in ((width, 1), (width, 1), (2 * width, 2), (2 * width, 1), (2 * width, 1)):
+        layers.append(nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False))
+        layers += [nn.BatchNorm2d(filters), nn.ReLU()]
+        channels = filters
+    return nn.Sequential(
+        *layers,
+        nn.Flatten(),
+        nn.Linear(channels * ((size + 1) // 2) ** 2, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
         nn.ReLU(),
         nn.Linear(hidden, classes),
     )

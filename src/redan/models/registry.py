@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from redan.errors import UserError, unknown
-from redan.models.convnet import conv_med, conv_med_big, small_cnn
+from redan.models.convnet import cnn7, conv_med, conv_med_big, small_cnn
 from redan.models.norms import Normalise
 from redan.models.options import defaults, settable
 from redan.models.preact_resnet import PreActResNet
@@ -22,6 +22,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "wide-resnet": WideResNet,
     "convmed": conv_med,
     "convmedbig": conv_med_big,
+    "cnn7": cnn7,
     "small-cnn": small_cnn,
     "small-cnn-bn": partial(small_cnn, batch_norm=True),
 }
