@@ -147,7 +147,7 @@ def test_the_demo_makes_a_report(tmp_path: Path) -> None:
     document = json.loads(done.stdout)
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "Inside the networks" in page and "Hard examples" in page
-    standard, *trained, purified = document["evaluations"]
+    standard, *trained, purified, plain, provable = document["evaluations"]
     assert [run["run"] for run in trained] == ["pgd-at-digits", "trades-digits", "dpls-digits", "arat-digits"]
     # What the demo shows: adversarial training pays, far beyond the intervals, at hardly a cost in clean accuracy.
     for robust in trained:
@@ -156,6 +156,9 @@ def test_the_demo_makes_a_report(tmp_path: Path) -> None:
     assert purified["run"] == "atop-digits" and "purified" in page
     assert purified["robust"]["low"] > standard["robust"]["high"] + 0.2
     assert purified["randomised"]["robust"]["worst"]["value"] < purified["robust_accuracy"]
+    # COLT's accuracy that is proved is far above that of the same network by PGD-AT of the same length.
+    assert (plain["run"], provable["run"]) == ("pgd-at-digits-convmed", "colt-digits")
+    assert provable["certified"]["low"] > plain["certified"]["high"] + 0.3
     again = redan("demo", "--out", tmp_path / "demo")
     assert again.exit_code == 2
     assert "not an empty folder" in again.stderr
