@@ -20,6 +20,7 @@ from redan.data.types import Batch
 from redan.errors import Stopped, UserError
 from redan.methods.base import Adversary, Method
 from redan.methods.dpls import DPLS, DPLSConfig
+from redan.methods.ibp import IBP
 from redan.methods.registry import METHODS, build_method
 from redan.methods.weight_perturbation import WeightPerturbation, WeightPerturbationConfig
 from redan.recipes.build import positions
@@ -148,10 +149,18 @@ class Counting(nn.Sequential):
 
 def method(name: str, targets: DPLS) -> Method:
     torch.manual_seed(0)
-    net = Counting(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, CLASSES))
     family = METHODS[name]
+    net = Counting(
+        nn.Conv2d(1, 3, 3),
+        *([] if name == "colt" else [nn.BatchNorm2d(3)]),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12, CLASSES),
+    )
     attack = PGD(Linf(0.1), steps=1, objective=family.attack_objective, start=family.attack_start, drop_broken=False)
-    options = {"layers": ("1",)} if name == "arat" else {"clean_epochs": 0} if name == "arrest" else {}
+    options = {"arat": {"layers": ("1",)}, "arrest": {"clean_epochs": 0}, "colt": {"layers": ("input",)}}.get(name, {})
+    if issubclass(family, IBP):
+        options = {"warmup": 0, "ramp": 0}  # the full radius from the first step
     parts = {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES))} if family.takes_teacher else {}
     made = build_method(
         name, net, adversary=Adversary(attack, precision="float32"), targets=targets, parts=parts, **options
