@@ -158,11 +158,12 @@ def method(name: str, targets: DPLS) -> Method:
         nn.Linear(12, CLASSES),
     )
     attack = PGD(Linf(0.1), steps=1, objective=family.attack_objective, start=family.attack_start, drop_broken=False)
-    options: dict[str, Any] = {
+    own: dict[str, dict[str, Any]] = {
         "arat": {"layers": ("1",)},
         "arrest": {"clean_epochs": 0},
         "colt": {"layers": ("input",)},
-    }.get(name, {})
+    }
+    options = own.get(name, {})
     if issubclass(family, IBP):
         options = {"warmup": 0, "ramp": 0}  # the full radius from the first step
     parts = {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES))} if family.takes_teacher else {}
