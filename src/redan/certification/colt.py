@@ -76,13 +76,10 @@ class LateMilp:
             )
             layers[position] = (low[None], high[None])
         fast = network.to(torch.float32)
-        for group in specification.groups.unique().tolist():
-            rows = (specification.groups == group).nonzero().squeeze(1).tolist()
-            if any(bounds.margins[0, row] > 0 for row in rows):
-                continue
-            if not any(self._row(network, fast, region, specification, layers, row, deadline, tried) for row in rows):
-                return False
-        return True
+        return all(
+            any(self._row(network, fast, region, specification, layers, int(row), deadline, tried) for row in rows)
+            for rows in specification.left(bounds.margins[0].cpu())
+        )
 
     def _row(
         self,

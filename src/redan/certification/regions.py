@@ -129,6 +129,11 @@ class Specification:
         best = best.scatter_reduce(1, self.groups.expand_as(margins), margins, "amax")
         return best.amin(1)
 
+    def left(self, lower: Tensor) -> list[Tensor]:
+        """The functions of each group in which no one of an image's lower bounds ``(m,)`` is above 0."""
+        groups = [(self.groups == group).nonzero().squeeze(1) for group in self.groups.unique().tolist()]
+        return [rows for rows in groups if not (lower[rows] > 0).any()]
+
     def shown(self, lower: Tensor) -> Tensor:
         """For which images lower bounds ``(n, m)`` show it: bool ``(n,)``."""
         return self.worst(lower) > 0

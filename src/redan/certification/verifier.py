@@ -353,14 +353,19 @@ class _Course:
 
     def _groups(self, i: int) -> list[Tensor]:
         """The functions of each group of which none is known to be above 0 everywhere."""
-        specification, margins = self._part(i)[1], self._bounds[i].margins[0]
-        groups = [specification.groups == g for g in specification.groups.unique().tolist()]
-        return [it.nonzero().squeeze(1) for it in groups if not (margins[it] > 0).any()]
+        return self._part(i)[1].left(self._bounds[i].margins[0])
+
+    def _on_cpu(self, i: int) -> tuple[Network, Region, Specification]:
+        """What solvers are asked about: the network and one image's problem, in float64 on the CPU."""
+        cpu = torch.device("cpu")
+        region, specification = self._part(i)
+        return self._network.to(device=cpu), region.to(torch.float64, cpu), specification.to(cpu)
 
     def _found(self, stage: str, i: int, images: Tensor) -> bool:
         """Whether one of some images ``(k, d)`` float64, brought into the i-th region, is a counterexample."""
         region, _ = self._part(i)
-        candidates = images.view(-1, *self._network.input_shape).float().clamp(*region.inner())
+        images = images.to(self._network.device).view(-1, *self._network.input_shape)
+        candidates = images.float().clamp(*region.inner())
         who = torch.full((len(candidates),), i, device=candidates.device)
         return bool(self._refute(stage, candidates, who).any())
 
@@ -372,17 +377,17 @@ class _Course:
         return search(self._network, *self._part(i), deadline=deadline, refuted=refuted)[0] is True
 
     def _solve_late(self, i: int, deadline: float) -> bool:
-        region, specification = self._part(i)
+        """COLT's certificate."""
+        network, region, specification = self._on_cpu(i)
         if region.ball is not None:
             return False
-        cpu = torch.device("cpu")
         return LateMilp(sound=self._verifier.sound, threads=self._verifier.threads)(
-            self._network.to(device=cpu),
-            region.to(torch.float64, cpu),
-            specification.to(cpu),
+            network,
+            region,
+            specification,
             self._bounds[i],
             deadline=deadline,
-            tried=lambda image: self._found("colt", i, image[None].to(self._network.device)),
+            tried=lambda image: self._found("colt", i, image[None]),
         )
 
     def _branch(self) -> None:
@@ -444,12 +449,9 @@ class _Course:
 
     def _solve(self, i: int, deadline: float) -> bool:
         """A mixed-integer solver on each function by itself."""
-        region, specification = self._part(i)
+        network, region, specification = self._on_cpu(i)
         if region.ball is not None:
             return False
-        cpu = torch.device("cpu")
-        network, region = self._network.to(device=cpu), region.to(torch.float64, cpu)
-        specification = specification.to(cpu)
         layers = {j: (low.cpu().double(), high.cpu().double()) for j, (low, high) in self._bounds[i].layers.items()}
         for rows in self._groups(i):
             if not any(self._row(i, network, region, specification, layers, int(row), deadline) for row in rows):
@@ -482,7 +484,5 @@ class _Course:
         )
         for candidate in found.candidates:
             if candidate is not None:
-                device = self._network.device
-                image = candidate[None].float().clamp(*region.inner()).to(device)
-                self._refute("milp", image, torch.tensor([i], device=device))
+                self._found("milp", i, candidate[None])
         return bool(found.lower[0] > 0)
