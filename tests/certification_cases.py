@@ -81,7 +81,17 @@ def leaky(seed: int) -> Network:
     return b.network(b.linear(_flat(b, x), normal(3, 3), normal(3)))
 
 
-NETWORKS: dict[str, Callable[[int], Network]] = {
+def curved(seed: int) -> Network:
+    """Sigmoid of a convolution and of the pixels themselves, tanh beside a shortcut, a ReLU between."""
+    normal = draws(seed)
+    b = Builder((2, 3, 3))
+    x = b.sigmoid(b.convolution(0, 2 * normal(3, 2, 2, 2), normal(3), padding=(1, 1)))
+    x = b.relu(b.convolution(b.concatenate([x, b.pad(b.sigmoid(0), (0, 1, 1, 0))], 0), normal(3, 5, 3, 3), normal(3)))
+    x = b.add(x, b.tanh(b.convolution(x, normal(3, 3, 1, 1), normal(3))))
+    return b.network(b.linear(b.tanh(_flat(b, x)), normal(3, 12), normal(3)))
+
+
+RELU_NETWORKS: dict[str, Callable[[int], Network]] = {
     "dense": dense,
     "convolutional": convolutional,
     "residual": residual,
@@ -89,6 +99,7 @@ NETWORKS: dict[str, Callable[[int], Network]] = {
     "pooled": pooled,
     "leaky": leaky,
 }
+NETWORKS = RELU_NETWORKS | {"curved": curved}
 
 
 def _flat(b: Builder, x: int) -> int:

@@ -15,7 +15,7 @@ from redan.certification.alpha_crown import AlphaCrown
 from redan.certification.building import Builder
 from redan.certification.crown import Crown
 from redan.certification.interval import Box, Interval
-from redan.certification.network import Convolution, Input, Layer, Linear, Network, Relu
+from redan.certification.network import Convolution, Input, Layer, Linear, Network, Relu, Sigmoid
 from redan.certification.reading import read_network
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.relaxation import Relaxation
@@ -88,7 +88,7 @@ def test_nothing_lies_outside(
     bounds = BOUNDERS[name](sound)(network, region, specification)
     x = points(network, region, specification, seed)
     assert violations(bounds, exactly(network, x), specification) == 0
-    assert set(bounds.layers) == {i for relu in network.relus for i in network.layers[relu].inputs}
+    assert set(bounds.layers) == {i for it in network.layers if isinstance(it, Relu | Sigmoid) for i in it.inputs}
     assert bounds.margins.dtype == torch.float64 and bounds.margins.isfinite().all()
     if sound == "network":
         single = ((x.float().double() >= region.lower) & (x.float().double() <= region.upper)).flatten(2).all(2).all(1)

@@ -17,7 +17,7 @@ from redan.certification.regions import Region, Specification
 from redan.certification.rounding import SoundFloat
 from redan.certification.verifier import Verifier
 from redan.threats import Linf
-from tests.certification_cases import NETWORKS, dense, draws, exact_minima, outputs, points, problem
+from tests.certification_cases import RELU_NETWORKS, dense, draws, exact_minima, outputs, points, problem
 
 HORIZON = 60.0  # seconds, far more than any problem here takes
 
@@ -210,9 +210,9 @@ def forward(problems: Reduced, images: Tensor) -> tuple[list[Tensor], Tensor]:
     return found, value(problems.margins)
 
 
-@pytest.mark.parametrize("kind", [*NETWORKS, "twice", "tiny residual"])
+@pytest.mark.parametrize("kind", [*RELU_NETWORKS, "twice", "tiny residual"])
 def test_reduced_problem_is_the_network(kind: str) -> None:
-    makers = {**NETWORKS, "twice": twice, "tiny residual": residual}
+    makers = {**RELU_NETWORKS, "twice": twice, "tiny residual": residual}
     for seed in range(3):
         network = makers[kind](seed)
         region, specification = problem(network, Linf(0.1), seed, images=1)

@@ -42,6 +42,14 @@ def convolutional(seed: int) -> Network:
     return b.network(b.linear(b.reshape(x, (27,)), normal(3, 27), normal(3)))
 
 
+def curved(seed: int) -> Network:
+    """3 inputs, sigmoid and tanh."""
+    normal = draws(seed)
+    b = Builder((3, 1, 1))
+    x = b.sigmoid(b.linear(b.reshape(0, (3,)), 3 * normal(5, 3), normal(5)))
+    return b.network(b.linear(b.tanh(b.linear(x, 2 * normal(4, 5), normal(4))), normal(3, 4), normal(3)))
+
+
 TINY: dict[str, Callable[[int], Network]] = {
     "dense": lambda seed: dense(seed, inputs=3),
     "residual": residual,

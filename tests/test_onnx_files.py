@@ -105,6 +105,8 @@ CASES: list[tuple[str, int, list[Any], dict[str, Any]]] = [
     ("leaky relu", 7, [node("LeakyRelu", alpha=0.3)], {}),
     ("leaky relu by default", 16, [node("LeakyRelu")], {}),
     ("prelu", 9, [node("PRelu", "x w")], {"w": draw(4, 1, 1)}),
+    ("sigmoid", 7, [node("Sigmoid")], {}),
+    ("tanh", 13, [node("Tanh")], {}),
     ("clip attributes", 7, [node("Clip", min=-0.5, max=0.25)], {}),
     ("clip without limits", 7, [node("Clip", min=0.0, max=float(np.finfo(np.float32).max))], {}),
     ("clip inputs", 11, [node("Clip", "x l h")], {"l": np.float32(0.2), "h": np.float32(0.7)}),
@@ -360,7 +362,7 @@ def test_colt_network() -> None:
 
 
 class Branches(nn.Module):
-    """What the plain networks lack: pooling, a leaky ReLU, concatenation, split, padding, other orders of axes."""
+    """What the plain networks lack: pooling, leaky ReLU, tanh, concatenation, split, padding, other orders of axes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -370,7 +372,7 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = F.max_pool2d(self.first(x).relu(), 3, stride=2, padding=1).split(3, 1)
-        right = F.leaky_relu(self.second(F.pad(right, (1, 1, 0, 2))), 0.2)
+        right = F.leaky_relu(self.second(F.pad(right, (1, 1, 0, 2))), 0.2).tanh()
         joined = torch.cat([left, right[:, :, ::1]], 1).permute(0, 2, 3, 1) * torch.linspace(-1, 1, 7)
         padded = F.pad(joined.permute(0, 3, 1, 2), (0, 1, 1, 0))
         return self.last((padded[:, :, 0:5] - 0.5).flatten(1))
@@ -457,9 +459,9 @@ def test_refusals(tmp_path: Path, nodes: list[Any], constants: dict[str, Any], m
 
 
 def test_refusals_name_the_node(tmp_path: Path) -> None:
-    known = r"layer 'gate' cannot be certified: .* operator 'Tanh' \(it knows: Add, AveragePool, .*, Unsqueeze\)$"
+    known = r"layer 'gate' cannot be certified: .* operator 'Erf' \(it knows: Add, AveragePool, .*, Unsqueeze\)$"
     with pytest.raises(UserError, match=known):
-        read_onnx(save(tmp_path / "m.onnx", [node("Tanh", name="gate"), *FLAT]))
+        read_onnx(save(tmp_path / "m.onnx", [node("Erf", name="gate"), *FLAT]))
 
 
 def test_what_draws_is_seen(tmp_path: Path) -> None:

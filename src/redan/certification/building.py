@@ -11,6 +11,7 @@ from torch import Tensor
 
 from redan.certification.network import (
     Add,
+    Affine,
     Concatenate,
     Convolution,
     Input,
@@ -22,6 +23,7 @@ from redan.certification.network import (
     Relu,
     Reshape,
     Scale,
+    Sigmoid,
     Slice,
 )
 from redan.errors import UserError
@@ -130,6 +132,17 @@ class Builder:
             if isinstance(layer, Relu) and layer.inputs == (x,):
                 return i
         return self._append(Relu(self.name, (x,), self.shape(x)))
+
+    def sigmoid(self, x: int) -> int:
+        """The logistic function of each number."""
+        before = self.layers[x]
+        if not isinstance(before, Affine) or not before.roundings:
+            x = self.scale(x, 1.0)
+        return self._append(Sigmoid(self.name, (x,), self.shape(x)))
+
+    def tanh(self, x: int) -> int:
+        """Twice the sigmoid of ``2 x``, less 1."""
+        return self.scale(self.sigmoid(self.scale(x, 2.0)), 2.0, -1.0)
 
     def leaky_relu(self, x: int, slope: Tensor | float) -> int:
         """A ReLU that is ``slope * x`` below 0: ``slope * x + (1 - slope) ReLU(x)``."""

@@ -53,14 +53,15 @@ def plain(relaxation: Relaxation, functions: Functions) -> Tensor:
 
 
 def tighten_open(relaxation: Relaxation, position: int, improve: Improve = plain) -> None:
-    """Bound all neurons of a layer whose sign its box leaves open.
+    """Bound all neurons of a layer whose sign its box leaves open; all there are, where a sigmoid takes them.
 
     The bound that may settle the sign comes first: from above where the box lies mostly below zero, from below
     elsewhere. The other side is bounded only where that leaves the sign open.
     """
+    curved = position in relaxation.network.curved
     lower, upper = (it.clone().flatten(1) for it in relaxation.boxes[position])
     shape = relaxation.boxes[position][0].shape
-    image, neuron = ((lower < 0) & (upper > 0)).nonzero(as_tuple=True)
+    image, neuron = (lower < upper if curved else (lower < 0) & (upper > 0)).nonzero(as_tuple=True)
     sign = torch.where(lower[image, neuron] + upper[image, neuron] > 0, 1.0, -1.0)
     for _ in range(2):
         for part in relaxation.chunks(position, len(image)):
@@ -71,7 +72,7 @@ def tighten_open(relaxation: Relaxation, position: int, improve: Improve = plain
             up = signs > 0
             lower[some[up], which[up]] = torch.maximum(lower[some[up], which[up]], found[up])
             upper[some[~up], which[~up]] = torch.minimum(upper[some[~up], which[~up]], -found[~up])
-        left = (lower[image, neuron] < 0) & (upper[image, neuron] > 0)
+        left = ((lower[image, neuron] < 0) & (upper[image, neuron] > 0)) | curved
         image, neuron, sign = image[left], neuron[left], -sign[left]
     relaxation.tighten(position, *known(lower.view(shape), upper.view(shape)))
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from redan.certification.crown import Crown
-from redan.certification.network import Affine, Network, Relu
+from redan.certification.network import Affine, Network, Relu, Sigmoid
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.rounding import SoundFloat
+from redan.certification.sigmoid import derivative
 
 # Numbers of one layer that are held at once while the effects of the inputs are found.
 NUMBERS = 2**22
@@ -165,9 +166,12 @@ def _reach(network: Network, region: Region, specification: Specification, found
     sizes = [torch.diag_embed(width).view(k * d, *network.input_shape)]
     for layer in network.layers[1:]:
         inputs = [sizes[i] for i in layer.inputs]
-        if isinstance(layer, Relu):
+        if isinstance(layer, Relu | Sigmoid):
             lower, upper = found.layers[layer.inputs[0]]
-            slope = (upper.relu() / (upper.relu() + (-lower).relu())).nan_to_num(1.0)
+            if isinstance(layer, Relu):
+                slope = (upper.relu() / (upper.relu() + (-lower).relu())).nan_to_num(1.0)
+            else:
+                slope = derivative(torch.zeros_like(lower).clamp(lower, upper))  # the steepest
             sizes.append(inputs[0] * slope.repeat_interleave(d, 0))
         else:
             assert isinstance(layer, Affine)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redan.certification.network import Affine, Layer, Linear, Network, Relu, Reshape
+from redan.certification import sigmoid
+from redan.certification.network import Affine, Layer, Linear, Network, Relu, Reshape, Sigmoid
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.rounding import SoundFloat, full_products, known, pulled_error, relative_error, smallest
 from redan.certification.rows import Rows
@@ -22,6 +23,8 @@ def magnitude(layer: Affine, boxes: Sequence[Box]) -> Tensor:
 
 def step(layer: Layer, boxes: Sequence[Box], sound: SoundFloat) -> Box:
     """The box of a layer's output from the boxes of its inputs."""
+    if isinstance(layer, Sigmoid):
+        return sigmoid.box(*boxes[0], sound)
     if isinstance(layer, Relu) or not isinstance(layer, Affine) or not layer.roundings:
         lower, upper = (layer(*ends) for ends in zip(*boxes, strict=True))
         return lower, upper

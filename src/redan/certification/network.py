@@ -1,8 +1,8 @@
 """A network as a verifier sees it: a list of layers, each of which names the earlier ones that it takes.
 
-Everything is affine but ``Relu``: readers write leaky ReLUs and max pooling as ReLUs, pooled means and BatchNorm as
-convolutions and scales (see ``building``). Layer 0 is the input; the last layer gives the logits. Shapes are without
-the batch.
+Everything is affine but ``Relu`` and ``Sigmoid``: readers write leaky ReLUs and max pooling as ReLUs, tanh as a
+sigmoid, pooled means and BatchNorm as convolutions and scales (see ``building``). Layer 0 is the input; the last layer
+gives the logits. Shapes are without the batch.
 
 Rounding. Weights are float32 numbers and taken as exact. An output of an affine layer is a sum of products; however it
 is ordered, with or without fused multiply-add, float arithmetic of unit roundoff u errs by no more than
@@ -65,10 +65,18 @@ class Input(Layer):
 
 @dataclass(frozen=True, eq=False)
 class Relu(Layer):
-    """max(x, 0), the one kind of layer that is not affine."""
+    """max(x, 0)."""
 
     def __call__(self, *x: Tensor) -> Tensor:
         return x[0].relu()
+
+
+@dataclass(frozen=True, eq=False)
+class Sigmoid(Layer):
+    """1 / (1 + exp(-x)), of an affine layer that computes something: what may be off about x is known there."""
+
+    def __call__(self, *x: Tensor) -> Tensor:
+        return x[0].sigmoid()
 
 
 class Affine(Layer):
@@ -345,8 +353,13 @@ class Network:
 
     @property
     def bent(self) -> tuple[int, ...]:
-        """Positions of the layers that ReLUs take, in order: those whose bounds matter."""
-        return tuple(sorted({i for relu in self.relus for i in self.layers[relu].inputs}))
+        """Positions of the layers that ReLUs or sigmoids take, in order: those whose bounds matter."""
+        return tuple(sorted({i for layer in self.layers if isinstance(layer, Relu | Sigmoid) for i in layer.inputs}))
+
+    @property
+    def curved(self) -> tuple[int, ...]:
+        """Positions of the layers that sigmoids take, in order."""
+        return tuple(sorted({i for layer in self.layers if isinstance(layer, Sigmoid) for i in layer.inputs}))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -380,7 +393,7 @@ class Network:
         mixed = 0
         while position:
             layer = self.layers[position]
-            if isinstance(layer, Relu) or len(layer.inputs) != 1:
+            if isinstance(layer, Relu | Sigmoid) or len(layer.inputs) != 1:
                 return False
             mixed += isinstance(layer, Linear | Convolution)
             (position,) = layer.inputs

@@ -23,6 +23,7 @@ from redan.certification.network import (
     Relu,
     Reshape,
     Scale,
+    Sigmoid,
     Slice,
 )
 from redan.certification.onnx_operators import OPERATORS, Node, is_position
@@ -246,6 +247,8 @@ def _operators(layer: Layer) -> list[tuple[str, list[Any], dict[str, Any]]]:
             return [("Mul", [_weight(layer.scale)], {}), ("Add", [_weight(layer.bias)], {})]
         case Relu():
             return [("Relu", [], {})]
+        case Sigmoid():
+            return [("Sigmoid", [], {})]
         case Add():
             return [("Sum", [], {})]
         case Reshape():

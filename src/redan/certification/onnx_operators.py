@@ -343,11 +343,13 @@ OPERATORS: dict[str, Callable[[Builder, Node], int | list[int]]] = {
     "ReduceMean": _mean,
     "Relu": lambda b, node: b.relu(node.inputs[0]),
     "Reshape": _reshape,
+    "Sigmoid": lambda b, node: b.sigmoid(node.inputs[0]),
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _squeeze,
     "Sub": _subtract,
     "Sum": _add,
+    "Tanh": lambda b, node: b.tanh(node.inputs[0]),
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }

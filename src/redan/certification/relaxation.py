@@ -5,7 +5,8 @@ A function ``A z`` of a ReLU's output, ``z = ReLU(y)`` with ``y`` in ``[l, u]``,
     A z >= A' y + d,   A' = A alpha where A > 0,   A' = A u / (u - l) and d = -A' l where A < 0,
 
 any ``alpha`` in [0, 1] (where ``y`` is always positive A' = A, where it never is A' = 0), and goes through an affine
-layer as it is. What is left at the input is minimised over the region. An upper bound is a lower one of ``-A z``.
+layer as it is. A sigmoid has a line below it for A > 0 and one above for A < 0 (see ``sigmoid``). What is left at the
+input is minimised over the region. An upper bound is a lower one of ``-A z``.
 
 Rounding. A coefficient that is computed as ``A W`` with an error costs at most that error times the size of what it is
 multiplied with, ``|x|``; summed up, no more than ``gamma_n |A| (|W| |x| + |b|)``, n the outputs that it is summed over,
@@ -19,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from redan.certification import sigmoid
 from redan.certification.interval import Box, magnitude, step
-from redan.certification.network import Add, Affine, Convolution, Linear, Network, Relu, Scale
+from redan.certification.network import Add, Affine, Convolution, Linear, Network, Relu, Scale, Sigmoid
 from redan.certification.regions import Region
 from redan.certification.rounding import SoundFloat, gamma, pulled_error, smallest
 from redan.certification.rows import Rows, add, total
@@ -66,6 +68,7 @@ class Relaxation:
         self.boxes: list[Box] = []
         self._noise: dict[int, Tensor] = {}
         self._lines: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._curves: dict[int, tuple[sigmoid.Line, sigmoid.Line]] = {}
 
     def extend(self) -> int:
         """Bound the next layer by intervals; gives its position."""
@@ -82,6 +85,7 @@ class Relaxation:
         old = self.boxes[position]
         self.boxes[position] = (torch.maximum(old[0], lower), torch.minimum(old[1], upper))
         self._lines.pop(position, None)
+        self._curves.pop(position, None)
 
     def noise(self, position: int) -> Tensor:
         """By how much each output of an affine layer may be off: ``(n, channels)`` or ``(n, features)``."""
@@ -191,6 +195,8 @@ class Relaxation:
     def linearise(self, functions: Functions) -> tuple[Tensor, dict[int, Tensor], Tensor, Tensor]:
         """The functions in terms of the image and of the ReLUs that are open: all others are linear. Of one image only.
 
+        A network with sigmoids has no such form.
+
         Returns:
             Coefficients of the pixels ``(r, pixels)``; by position of the layer that a ReLU takes, those of its open
             neurons' outputs ``(r, open)``; the constants ``(r,)``; and up to what they hold, ``(r,)``.
@@ -218,6 +224,12 @@ class Relaxation:
                 (before,) = layer.inputs
                 self._merge(parts, before, through(before, rows))
                 continue
+            if isinstance(layer, Sigmoid):
+                (before,) = layer.inputs
+                rows, more = self._sigmoid(before, rows)
+                offset = offset + more
+                self._merge(parts, before, rows)
+                continue
             assert isinstance(layer, Affine)
             rows = rows.inside(layer.shape)
             more, uncertain = self._affine(position, layer, rows)
@@ -234,6 +246,15 @@ class Relaxation:
         negative = (rows.values - positive) * rows.look(slope)
         constant = total(negative * rows.look(zero))
         return rows.with_values(torch.addcmul(negative, positive, below)), -constant
+
+    def _sigmoid(self, position: int, rows: Rows) -> tuple[Rows, Tensor]:
+        if position not in self._curves:
+            self._curves[position] = sigmoid.lines(*self.boxes[position], self.sound)
+        above, below = self._curves[position]
+        positive = rows.values.relu()
+        negative = rows.values - positive
+        constant = total(positive * rows.look(below.offset)) + total(negative * rows.look(above.offset))
+        return rows.with_values(positive * rows.look(below.slope) + negative * rows.look(above.slope)), constant
 
     def _affine(self, position: int, layer: Affine, rows: Rows) -> tuple[Tensor, Tensor]:
         """``A b``, and what the layer's rounding may make of ``A``: ``(r,)`` each, float64."""
@@ -275,7 +296,7 @@ class Relaxation:
                         (window[0] - 1) * layer.stride[0] + layer.dilation[0] * (kernel[0] - 1) + 1,
                         (window[1] - 1) * layer.stride[1] + layer.dilation[1] * (kernel[1] - 1) + 1,
                     )
-                elif isinstance(layer, Relu | Add | Scale):
+                elif isinstance(layer, Relu | Sigmoid | Add | Scale):
                     next_ = window
                 known_window = windows.get(before, (0, 0))
                 if next_ is None or known_window is None:

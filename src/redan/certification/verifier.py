@@ -53,6 +53,9 @@ METHODS: dict[str, tuple[str, ...]] = {
 # The stages that go image by image, last of all.
 SEARCHES = ("input-split", "branch-and-bound", "milp", "colt")
 
+# Those that need a network whose only bends are ReLUs'.
+OF_RELUS = ("branch-and-bound", "milp", "colt")
+
 # Share of an image's time that a search may take where another is still to come.
 SHARES = {"input-split": 0.4, "branch-and-bound": 0.2}
 
@@ -199,11 +202,17 @@ class Verifier:
             One verdict an image.
 
         Raises:
-            UserError: where input splitting alone is asked for and there are too many inputs.
+            UserError: where a search is asked for by name that the network is not made for: input splitting with too
+                many inputs, those on ReLUs with sigmoids.
         """
         inputs = torch.Size(network.input_shape).numel()
         if self.method == "input-split" and inputs > MOST_INPUTS:
             raise UserError(f"input-split is for networks of at most {MOST_INPUTS} inputs; this one has {inputs}")
+        if self.method in OF_RELUS and network.curved:
+            raise UserError(
+                f"{self.method} is for networks of ReLUs, and this one has a sigmoid or tanh: cascade, alpha-crown, "
+                "crown, zonotope and interval bound it"
+            )
         return _Course(self, network, question, told).run()
 
 
@@ -235,6 +244,8 @@ class _Course:
         few = verifier.method == "input-split" or torch.Size(network.input_shape).numel() <= FEW_INPUTS
         stages = METHODS[verifier.method]
         self._searches = [it for it in stages if it in SEARCHES and (few or it != "input-split")]
+        if network.curved:
+            self._searches = [it for it in self._searches if it not in OF_RELUS]
         self._left = [verifier.timeout] * len(self._verdicts)  # seconds for searches
 
     def run(self) -> list[Verdict]:

@@ -5,8 +5,9 @@ layer maps centre and generators; a ReLU that is open, with its input in ``[l, u
 
     y = slope * x + mu + mu * e_new,     mu = max(-slope * l, (1 - slope) * u) / 2,
 
-of any slope in [0, 1]; ``u / (u - l)`` gives the least area. The slopes can be learned for the margins, as COLT's
-certificate does (Balunović & Vechev, ICLR 2020).
+of any slope in [0, 1]; ``u / (u - l)`` gives the least area. A sigmoid becomes the like with the least slope that it
+has in ``[l, u]``. The slopes of ReLUs can be learned for the margins, as COLT's certificate does (Balunović & Vechev,
+ICLR 2020).
 
 Generators are kept in groups by the layer that they come from, the image or a ReLU, so that branches of a residual
 network can be added up group by group, and so that the radius of each group can be estimated by random projections
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from redan.certification import sigmoid
 from redan.certification.interval import Box, step
-from redan.certification.network import Affine, Network, Relu
+from redan.certification.network import Affine, Network, Relu, Sigmoid
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.rounding import SoundFloat, full_products, known, relative_error, smallest
 
@@ -63,6 +65,8 @@ class _Propagation:
                 element = self._image()
             elif isinstance(layer, Relu):
                 element = self._relu(position, self.elements[layer.inputs[0]], self.bounds[layer.inputs[0]])
+            elif isinstance(layer, Sigmoid):
+                element = self._sigmoid(position, self.elements[layer.inputs[0]], self.bounds[layer.inputs[0]])
             else:
                 assert isinstance(layer, Affine)
                 element = self._affine(layer, [self.elements[i] for i in layer.inputs])
@@ -106,17 +110,33 @@ class _Propagation:
         if position not in self.slopes:
             self.slopes[position] = torch.where(is_open, (upper / (upper - lower)).nan_to_num(1.0), 0.0).detach()
         slope = torch.where(is_open, self.slopes[position], (lower >= 0).to(lower))
-        eps = torch.finfo(lower.dtype).eps
         mu = torch.where(is_open, torch.maximum(-slope * lower, (1 - slope) * upper) / 2, 0.0)
+        return self._band(position, element, bounds, slope, mu, mu)
+
+    def _sigmoid(self, position: int, element: Element, bounds: tuple[Tensor, Tensor]) -> Element:
+        band = sigmoid.band(*bounds, self.sound)
+        slope, middle, height = (it.to(element.centre.dtype) for it in band)
+        return self._band(position, element, bounds, slope, middle, height)
+
+    def _band(
+        self,
+        position: int,
+        element: Element,
+        bounds: tuple[Tensor, Tensor],
+        slope: Tensor,
+        middle: Tensor,
+        height: Tensor,
+    ) -> Element:
+        """What lies between ``slope * x + middle - height`` and ``slope * x + middle + height``."""
         groups = {origin: generators * slope[self.images[origin]] for origin, generators in element.groups.items()}
-        image, neuron = (mu > 0).flatten(1).nonzero(as_tuple=True)
+        image, neuron = (height > 0).flatten(1).nonzero(as_tuple=True)
         self.images[position] = image
-        groups[position] = _spikes(image, neuron, mu)
-        centre = element.centre * slope + mu
+        groups[position] = _spikes(image, neuron, height)
         slack = element.slack * slope
         if self.sound != "off":
-            slack = slack + 4 * eps * (slope * torch.maximum(lower.abs(), upper.abs()) + 2 * mu)
-        return Element(centre, groups, slack)
+            size = slope * torch.maximum(*(it.abs() for it in bounds)) + middle.abs() + height
+            slack = slack + 4 * torch.finfo(slope.dtype).eps * size
+        return Element(element.centre * slope + middle, groups, slack)
 
     def _radius(self, element: Element) -> Tensor:
         radius = torch.zeros_like(element.centre)
