@@ -1,4 +1,4 @@
-"""Small networks, points of regions, what bounds say wrongly of them, exact minima: shared by certification tests."""
+"""Small networks, all bounders, points of regions, what bounds say wrongly of them, exact minima: for many tests."""
 
 import itertools
 from collections.abc import Callable
@@ -8,10 +8,28 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
+from redan.certification.alpha_crown import AlphaCrown
 from redan.certification.building import Builder
+from redan.certification.crown import Crown
+from redan.certification.interval import Interval
 from redan.certification.network import Affine, Network, Relu
 from redan.certification.regions import Bounds, Region, Specification
+from redan.certification.rounding import SoundFloat
+from redan.certification.zonotope import Zonotope
 from redan.threats import L1, LpBall
+
+Bounder = Callable[[Network, Region, Specification], Bounds]
+
+BOUNDERS: dict[str, Callable[[SoundFloat], Bounder]] = {
+    "interval": lambda sound: Interval(sound),
+    "zonotope": lambda sound: Zonotope(sound=sound),
+    "learned zonotope": lambda sound: Zonotope(iterations=3, sound=sound),
+    "crown-ibp": lambda sound: Crown("interval", sound),
+    "crown": lambda sound: Crown("crown", sound),
+    "alpha-crown": lambda sound: AlphaCrown(iterations=4, sound=sound),
+    "alpha-crown of the margins": lambda sound: AlphaCrown(iterations=4, intermediate="crown", sound=sound),
+}
+TYPES = [torch.float32, torch.float64]
 
 
 def draws(seed: int) -> Callable[..., Tensor]:
@@ -63,10 +81,10 @@ def normalised(seed: int) -> Network:
 
 
 def pooled(seed: int) -> Network:
-    """Max pooling whose windows overlap, channels last."""
+    """Max pooling whose windows overlap and reach over an edge, channels last."""
     normal = draws(seed)
     b = Builder((1, 5, 5))
-    x = b.max_pool(b.convolution(0, normal(2, 1, 2, 2), normal(2)), (3, 2), (1, 2), (0, 0))
+    x = b.max_pool(b.convolution(0, normal(2, 1, 2, 2), normal(2)), (3, 2), (1, 2), (0, 0, 0, 0))
     x = b.permute(x, (1, 2, 0))
     return b.network(b.linear(_flat(b, x), normal(3, 8), normal(3)))
 
@@ -149,6 +167,11 @@ def inside(region: Region, x: Tensor) -> Tensor:
 def outputs(network: Network, x: Tensor) -> list[Tensor]:
     """Of every layer, at points ``(k, n, *shape)``."""
     return [it.view(*x.shape[:2], *it.shape[1:]) for it in network.outputs(x.flatten(0, 1))]
+
+
+def exactly(network: Network, x: Tensor) -> list[Tensor]:
+    """Outputs in float64 of the weights that a network has."""
+    return outputs(network.to(torch.float64), x)
 
 
 def specification_values(specification: Specification, network: Network, x: Tensor) -> Tensor:

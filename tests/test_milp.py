@@ -1,26 +1,33 @@
 """Mixed-integer programs of margins: against all activation patterns of tiny networks, one linear program each."""
 
+import importlib.machinery
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linprog
+from scipy.optimize import Bounds as ScipyBounds
+from scipy.optimize import LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from redan.certification.alpha_crown import AlphaCrown
 from redan.certification.building import Builder
 from redan.certification.milp import Binaries, Encoding, affine_matrices, lp_refine, margin_program, minimise
-from redan.certification.network import Affine, Network, Relu
+from redan.certification.network import Affine, Network, NetworkModule, Relu
 from redan.certification.regions import Region, Specification
 from redan.certification.rounding import SoundFloat
 from redan.certification.solvers import DUAL_TOLERANCE, Program, Solver, safe_bound, solve
+from redan.certification.verifier import Robustness, Verifier
 from redan.errors import UserError
 from redan.threats import L2, Linf
 
@@ -478,3 +485,89 @@ def test_a_solver_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
             np.full(1, np.inf),
             np.zeros(1, dtype=bool),
         )
+
+
+def gurobi_made_of_scipy(asked: dict[str, float]) -> types.ModuleType:
+    """A stand-in with the part of gurobipy's interface that redan asks for; parameters go into ``asked``."""
+
+    class Constants:
+        INTEGER, CONTINUOUS, OPTIMAL, INFEASIBLE, INTERRUPTED = "I", "C", 2, 3, 11
+
+    class Variables:
+        def __init__(self, count: int) -> None:
+            self.BranchPriority: Any = None
+            self.X = np.zeros(count)
+
+    class Env:
+        def __init__(self, params: dict[str, int]) -> None:
+            assert params == {"OutputFlag": 0}
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    class Model(Env):
+        def __init__(self, env: Env) -> None:
+            self.rows: list[Any] = []
+
+        def setParam(self, key: str, value: float) -> None:
+            asked[key] = value
+
+        def addMVar(self, count: int, lb: Any, ub: Any, obj: Any, vtype: Any) -> Variables:
+            self.cost, self.bounds, self.kinds = obj, ScipyBounds(lb, ub), np.asarray(vtype) == "I"
+            self.x = Variables(count)
+            return self.x
+
+        def addMConstr(self, matrix: Any, x: Variables, sense: str, side: Any) -> None:
+            if len(side):
+                self.rows.append(LinearConstraint(matrix, *((side, np.inf) if sense == ">" else (-np.inf, side))))
+
+        def optimize(self) -> None:
+            found: Any = milp(self.cost, integrality=self.kinds, bounds=self.bounds, constraints=self.rows)
+            self.Status = {0: Constants.OPTIMAL, 2: Constants.INFEASIBLE}[found.status]
+            self.SolCount = int(found.x is not None)
+            if self.SolCount:
+                self.x.X, self.ObjBound = found.x, found.fun
+
+    module = types.ModuleType("gurobipy")
+    module.__spec__ = importlib.machinery.ModuleSpec("gurobipy", None)
+    vars(module).update(GRB=Constants, Env=Env, Model=Model)
+    return module
+
+
+def test_gurobi_through_the_same_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, float] = {}
+    monkeypatch.setitem(sys.modules, "gurobipy", gurobi_made_of_scipy(asked))
+    network, region, specification = problem("dense", seed=3)
+    layers = bounds_of(network, region)
+    options: dict[str, Any] = {"image": 0, "timeout": 7.0, "all_rows": True, "threads": 3}
+    options |= {"stop_below": None, "stop_above": None}
+    mine = minimise(network, region, specification, layers, solver="gurobi", **options)
+    reference = minimise(network, region, specification, layers, solver="highs", **options)
+    torch.testing.assert_close(mine.lower, reference.lower, atol=1e-5, rtol=0)
+    assert asked["TimeLimit"] == 7.0 and asked["Threads"] == 3
+    infeasible = solve(linear([1.0, 1.0], [([1.0, 1.0], 3.0, 4.0)], integral=True), solver="gurobi", timeout=1)
+    assert infeasible.status == "infeasible" and infeasible.x is None
+
+
+@pytest.mark.parametrize("method", ["milp", "colt"])
+def test_the_verifier_asks_the_solver_it_is_told(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, float] = {}
+    monkeypatch.setitem(sys.modules, "gurobipy", gurobi_made_of_scipy(asked))
+    network = dense(3)
+    images = torch.rand(1, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    model = NetworkModule(network)
+    labels = model(images).argmax(1)
+    radius = next(r for r in (0.02 * k for k in range(1, 50)) if not proved_by_crown(network, images, labels, r))
+    question = Robustness(model, images, labels, torch.arange(1), Linf(radius), classes=3, seed=0)
+    found = Verifier(method, solver="gurobi")(network, question)
+    assert asked, found
+    with pytest.raises(UserError, match="no solver 'cplex'"):
+        Verifier(method, solver="cplex")  # type: ignore[arg-type]
+
+
+def proved_by_crown(network: Network, images: Tensor, labels: Tensor, radius: float) -> bool:
+    region, specification = Region.around(images, Linf(radius)), Specification.robust(labels, 3)
+    return bool(specification.shown(AlphaCrown()(network, region, specification).margins))

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from redan.errors import DataError, Stopped, UserError
     from redan.evaluation.certify import certify
     from redan.evaluation.evaluate import evaluate
-    from redan.evaluation.properties import decide, export
+    from redan.evaluation.properties import decide, decide_all, export
     from redan.pruning import prune
     from redan.recipes.schema import Recipe, load_recipe
     from redan.reporting import write_report as report
@@ -28,6 +28,7 @@ __all__ = [
     "analyse",
     "certify",
     "decide",
+    "decide_all",
     "demo",
     "evaluate",
     "export",
@@ -50,6 +51,7 @@ _HOMES = {
     "analyse": ("redan.analysis.analyse", "analyse"),
     "certify": ("redan.evaluation.certify", "certify"),
     "decide": ("redan.evaluation.properties", "decide"),
+    "decide_all": ("redan.evaluation.properties", "decide_all"),
     "demo": ("redan.demonstration", "demo"),
     "evaluate": ("redan.evaluation.evaluate", "evaluate"),
     "export": ("redan.evaluation.properties", "export"),

@@ -22,6 +22,7 @@ from redan.version import __version__
 if TYPE_CHECKING:
     from redan.attacks.search import Precision
     from redan.certification.rounding import SoundFloat
+    from redan.certification.solvers import Solver
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -249,7 +250,11 @@ def evaluate(
 @_mannerly
 def certify(
     run: Annotated[
-        str, typer.Argument(help="A run folder, an ONNX file, or package.module:function that returns an nn.Module.")
+        str,
+        typer.Argument(
+            help="A run folder, an ONNX file, package.module:function that returns an nn.Module, or VNN-COMP's "
+            "instances.csv."
+        ),
     ],
     threat: Annotated[
         str | None, typer.Option("--threat", help="Such as linf:8/255 or l2:0.5; the run's own if not given.")
@@ -271,6 +276,12 @@ def certify(
             help="Rounding that a certificate covers: exact (redan's own), network (the network's, too) or off.",
         ),
     ] = "exact",
+    solver: Annotated[
+        str,
+        typer.Option(
+            "--solver", help="Of mixed-integer programs: scip, highs, gurobi (your licence); auto: the first."
+        ),
+    ] = "auto",
     shard: Annotated[str, typer.Option("--shard", help="i/n: only the i-th of n parts; report joins them.")] = "1/1",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the attacks.")] = 0,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",
@@ -302,10 +313,21 @@ def certify(
     as_json: Json = False,
 ) -> None:
     """Prove what can be proved of test images: that nothing within the threat changes their label."""
+    if vnnlib is not None or run.endswith(".csv"):
+        given = (threat, samples, fail_under, data, shard, seed, checkpoint, curve, batch_size)
+        if given != (None, None, None, None, "1/1", 0, "best", True, 100):
+            raise UserError("properties name their own inputs: leave out what is about test images")
+    if run.endswith(".csv"):
+        if (vnnlib, counterexample, timeout) != (None, None, 60.0):
+            raise UserError(
+                "instances.csv names properties and seconds, --out a folder for results: leave the rest out"
+            )
+        _decide_all(run, method, sound_float, solver, input_mean, input_std, out, resume, as_json)
+        return
     if vnnlib is not None:
-        if (threat, samples, fail_under, out, data) != (None,) * 5 or resume or shard != "1/1":
-            raise UserError("--vnnlib names its own inputs and gives one verdict: leave out what is about test images")
-        _decide(run, vnnlib, method, timeout, sound_float, input_mean, input_std, counterexample, as_json)
+        if out is not None or resume:
+            raise UserError("--vnnlib gives one verdict and keeps nothing: leave --out and --resume out")
+        _decide(run, vnnlib, method, timeout, sound_float, solver, input_mean, input_std, counterexample, as_json)
         return
     if counterexample is not None:
         raise UserError("--counterexample goes with --vnnlib; counterexamples of images are kept beside the result")
@@ -318,6 +340,7 @@ def certify(
         samples=samples,
         timeout=timeout,
         sound_float=cast("SoundFloat", sound_float),  # an unknown one is refused where it is used
+        solver=cast("Solver", solver),
         shard=shard,
         seed=seed,
         checkpoint=_checkpoint(checkpoint),
@@ -756,8 +779,19 @@ def _print_results(results: list[Any]) -> None:
         console.print(f"{result.run} within {result.threat}, {told}", soft_wrap=True, markup=False)
         if result.account:
             console.print(result.account, soft_wrap=True, markup=False)
+        if result.certified_sound_float is not None:
+            told = COVERED[result.certified_sound_float]
+            console.print(f"certificates hold for {told}", soft_wrap=True, markup=False)
         if result.randomised is not None:
             _print_randomised(result)
+
+
+# What a certificate holds for, by the rounding that it covers.
+COVERED = {
+    "exact": "the network with its float32 weights in exact arithmetic",
+    "network": "every order in which a float32 runtime adds up, too",
+    "off": "exact arithmetic in redan, too: rounding is not covered",
+}
 
 
 def _print_certificates(result: Any) -> None:
@@ -775,6 +809,7 @@ def _print_certificates(result: Any) -> None:
         for verdict, by, images, mean, most in result.settled
     ]
     _print_table(("verdict", "by", "images", "seconds each", "at most"), rows)
+    console.print(f"certificates hold for {COVERED[result.sound_float]}", soft_wrap=True, markup=False)
     if result.curve:
         points = ", ".join(f"{100 * it.accuracy.value:.2f} % at {it.radius:.4g}" for it in result.curve)
         console.print(f"certified at each radius: {points}", soft_wrap=True, markup=False)
@@ -786,6 +821,7 @@ def _decide(
     method: str,
     timeout: float,
     sound_float: str,
+    solver: str,
     input_mean: str | None,
     input_std: str | None,
     counterexample: Path | None,
@@ -800,6 +836,7 @@ def _decide(
         method=method,
         timeout=timeout,
         sound_float=cast("SoundFloat", sound_float),
+        solver=cast("Solver", solver),
         input_mean=_numbers(input_mean),
         input_std=_numbers(input_std),
         counterexample=counterexample,
@@ -809,6 +846,37 @@ def _decide(
     else:
         by = "" if decision.by is None else f" by {decision.by}"
         console.print(f"{decision.verdict}{by} ({decision.seconds:.2f} s)", soft_wrap=True, markup=False)
+
+
+def _decide_all(
+    instances: str,
+    method: str,
+    sound_float: str,
+    solver: str,
+    input_mean: str | None,
+    input_std: str | None,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """``redan certify instances.csv``."""
+    from redan.evaluation.properties import decide_all
+
+    decisions = decide_all(
+        instances,
+        method=method,
+        sound_float=cast("SoundFloat", sound_float),
+        solver=cast("Solver", solver),
+        input_mean=_numbers(input_mean),
+        input_std=_numbers(input_std),
+        out=out,
+        resume=resume,
+    )
+    if as_json:
+        print(json.dumps({"decisions": [it.model_dump() for it in decisions]}))
+        return
+    rows = [[it.network, it.property, it.verdict, it.by or "-", f"{it.seconds:.2f}"] for it in decisions]
+    _print_table(("network", "property", "verdict", "by", "seconds"), rows)
 
 
 def _print_randomised(result: Any) -> None:

@@ -175,12 +175,20 @@ class Builder:
         """max(x, y) = x + ReLU(y - x)."""
         return self.add(x, self.relu(self.subtract(y, x)))
 
-    def max_pool(self, x: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> int:
-        """The maximum of each window, as ReLUs: along one axis, then the other."""
-        if any(padding):
-            if not isinstance(self.layers[x], Relu):
-                raise self.refuse("max pooling with padding is known behind a ReLU only")
-            x = self.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    def max_pool(self, x: int, kernel: Sequence[int], stride: Sequence[int], margins: Sequence[int]) -> int:
+        """The maximum of each window, as ReLUs: along one axis, then the other.
+
+        Margins, left, right, top, bottom, hold nothing that could be a maximum; no window lies in them.
+        """
+        left, right, top, bottom = margins
+        if isinstance(self.layers[x], Relu):
+            x = self.pad(x, margins)
+        else:  # with what the edge has: a window that reaches over it has that anyway
+            for axis, before, after in ((1, top, bottom), (2, left, right)):
+                size = self.shape(x)[axis]
+                ends = self.slice(x, axis, 0, 1), self.slice(x, axis, size - 1, size)
+                parts = [ends[0]] * before + [x] + [ends[1]] * after
+                x = self.concatenate(parts, axis) if len(parts) > 1 else x
         for axis in (1, 2):
             size, k, s = self.shape(x)[axis], kernel[axis - 1], stride[axis - 1]
             windows = (size - k) // s + 1

@@ -21,6 +21,7 @@ from redan.certification.milp import Binaries, lp_refine, minimise
 from redan.certification.network import Network
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.rounding import SoundFloat
+from redan.certification.solvers import Solver
 from redan.certification.zonotope import learn
 
 LP_SECONDS = 10.0  # for one neuron
@@ -37,6 +38,7 @@ class LateMilp:
         last_layers: how many ReLU layers at the end may have exact ones.
         binaries: exact ReLUs of each of these.
         sound: which rounding errors the bounds cover.
+        solver: of the programs, see ``solvers.solve``.
         threads: of the solver.
     """
 
@@ -45,6 +47,7 @@ class LateMilp:
     last_layers: int = 1
     binaries: int = 30
     sound: SoundFloat = "exact"
+    solver: Solver = "auto"
     threads: int = 1
 
     def __call__(
@@ -72,7 +75,15 @@ class LateMilp:
         if len(network.bent) > self.refined:
             position = network.bent[self.refined]
             low, high = lp_refine(
-                network, region, layers, position, image=0, sound=self.sound, timeout=LP_SECONDS, deadline=deadline
+                network,
+                region,
+                layers,
+                position,
+                image=0,
+                sound=self.sound,
+                solver=self.solver,
+                timeout=LP_SECONDS,
+                deadline=deadline,
             )
             layers[position] = (low[None], high[None])
         fast = network.to(torch.float32)
@@ -112,6 +123,7 @@ class LateMilp:
             rows=[row],
             binaries=Binaries(last_layers=self.last_layers, per_layer=self.binaries, priorities=learned.urgency),
             sound=self.sound,
+            solver=self.solver,
             timeout=max(0.0, deadline - time.monotonic()),
             threads=self.threads,
         )

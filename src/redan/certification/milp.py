@@ -452,6 +452,7 @@ def lp_refine(
     *,
     image: int,
     sound: SoundFloat = "exact",
+    solver: Solver = "auto",
     timeout: float = 10.0,
     deadline: float = np.inf,
 ) -> tuple[Tensor, Tensor]:
@@ -467,6 +468,7 @@ def lp_refine(
         position: of the layer to refine.
         image: which image.
         sound: which rounding errors of the network are covered.
+        solver: see ``solvers.solve``.
         timeout: seconds a solution; one that takes longer counts with what it came to.
         deadline: of all, by ``time.monotonic``; neurons that are not reached by then keep their bounds.
 
@@ -487,7 +489,7 @@ def lp_refine(
             left = min(timeout, deadline - time.monotonic())
             if left <= 0:
                 break
-            least = solve(program, solver="highs", timeout=left).bound
+            least = solve(program, solver=solver, timeout=left).bound
             if sign > 0 and np.isfinite(least):
                 lower[neuron] = max(lower[neuron], least)
             elif np.isfinite(least):

@@ -1,5 +1,6 @@
 """Networks in ONNX files: read into a graph of layers, and written out of one."""
 
+import gzip
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -40,7 +41,7 @@ def read_onnx(
     """The graph of a network of one input and one output, in float64.
 
     Args:
-        path: the file.
+        path: the file, or one compressed as ``.onnx.gz``, whose weights are in it.
         input_mean: where the network was exported without its normalisation, ``(images - mean) / std`` per channel:
             one value, or one a channel (the first axis of an image); None for 0.
         input_std: likewise, each above 0; None for 1.
@@ -52,7 +53,8 @@ def read_onnx(
     import onnx
 
     try:
-        model = onnx.load(str(path))
+        content: str | bytes = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else str(path)
+        model = onnx.load(content) if isinstance(content, str) else onnx.load_from_string(content)
     except FileNotFoundError as error:
         raise UserError(f"there is no {error.filename or path}") from error
     except Exception as error:
@@ -61,7 +63,7 @@ def read_onnx(
     mean, std = _normalisation(shape, input_mean, input_std)
     images = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0))
     # One by one, as many files are made for batches of one.
-    expected = _run(path, name, ((images - mean) / std).float())
+    expected = _run(path, content, name, ((images - mean) / std).float())
     reader = _Reader(model, name, shape)
     if input_mean is not None or input_std is not None:
         reader.normalise(mean, std)
@@ -110,15 +112,15 @@ def _normalisation(
     return found[0], found[1]
 
 
-def _run(path: Path, name: str, images: Tensor) -> Tensor:
-    """What onnxruntime computes of images, one by one: ``(n, ...)``."""
+def _run(path: Path, content: str | bytes, name: str, images: Tensor) -> Tensor:
+    """What onnxruntime computes of images, one by one: ``(n, ...)``; ``content`` is the file's, or its path."""
     import onnxruntime  # type: ignore[import-untyped]  # it ships no types
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it finds is raised, too
     options.intra_op_num_threads = torch.get_num_threads()
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         return torch.cat([torch.from_numpy(session.run(None, {name: it[None].numpy()})[0]) for it in images])
     except Exception as error:
         raise UserError(f"{path} is damaged, or nothing that onnxruntime can run: {_first_line(error)}") from error

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from redan.certification.building import Builder
-from redan.certification.network import Relu
 
 _LARGEST = float(np.finfo(np.float32).max)  # by which old exporters say that a side is not clipped
 
@@ -204,27 +203,25 @@ def _convolution(b: Builder, node: Node) -> int:
     return b.convolution(x, weight, shift, windows.stride, padding, windows.dilation, groups)
 
 
-def _pool(b: Builder, node: Node) -> tuple[int, Sequence[int], tuple[int, int], tuple[int, int]]:
+def _pool(b: Builder, node: Node) -> tuple[Sequence[int], _Windows]:
     kernel = node.attributes["kernel_shape"]
     windows = _windows(b, node, kernel)
     if windows.dilation != (1, 1):
         raise b.refuse("pooling with dilation")
-    x, padding = windows.padded(b, node.inputs[0])
-    return x, kernel, windows.stride, padding
+    return kernel, windows
 
 
 def _max_pool(b: Builder, node: Node) -> int:
-    x, kernel, stride, padding = _pool(b, node)
-    if x != node.inputs[0] and not isinstance(b.layers[node.inputs[0]], Relu):
-        raise b.refuse("max pooling with padding is known behind a ReLU only")  # elsewhere a zero may be the largest
-    return b.max_pool(x, kernel, stride, padding)
+    kernel, windows = _pool(b, node)
+    return b.max_pool(node.inputs[0], kernel, windows.stride, windows.margins)
 
 
 def _average_pool(b: Builder, node: Node) -> int:
-    x, kernel, stride, padding = _pool(b, node)
-    if (x != node.inputs[0] or any(padding)) and not node.attributes.get("count_include_pad"):
+    kernel, windows = _pool(b, node)
+    if any(windows.margins) and not node.attributes.get("count_include_pad"):
         raise b.refuse("average pooling that leaves the padding out")
-    return b.average_pool(x, kernel, stride, padding)
+    x, padding = windows.padded(b, node.inputs[0])
+    return b.average_pool(x, kernel, windows.stride, padding)
 
 
 def _global_average_pool(b: Builder, node: Node) -> int:

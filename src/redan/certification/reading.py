@@ -141,8 +141,11 @@ def _conv2d(
     dilation: Any = (1, 1),
     groups: int = 1,
 ) -> int:
-    if isinstance(padding, str):
-        raise b.refuse(f"padding given as {padding!r}")
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":  # the odd zero, if any, on the right and below
+        (wide, high) = (d * (k - 1) for k, d in zip(weight.shape[:1:-1], _pair(dilation)[::-1], strict=True))
+        x, padding = b.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2)), (0, 0)
     return b.convolution(x, weight, bias, stride, padding, dilation, int(groups))
 
 
@@ -228,6 +231,14 @@ def _flatten(b: Builder, x: int, start: int = 0, end: int = -1) -> int:
     return b.reshape(x, (*shape[: first - 1], middle, *shape[last:]))
 
 
+def _unflatten(b: Builder, x: int, dim: int, sizes: Any) -> int:
+    shape = b.shape(x)
+    axis = dim % (len(shape) + 1) - 1
+    if axis < 0:
+        raise b.refuse("an unflattening that mixes images of a batch")
+    return _reshape(b, x, [2, *shape[:axis], *(int(it) for it in sizes), *shape[axis + 1 :]])
+
+
 def _squeeze(b: Builder, x: int, dims: Any = None) -> int:
     shape = b.shape(x)
     dims = range(1, len(shape) + 1) if dims is None else [dims] if isinstance(dims, int) else dims
@@ -254,7 +265,8 @@ def _max_pool(
 ) -> int:
     if ceil or any(it != 1 for it in _pair(dilation)):
         raise b.refuse("max pooling with dilation or rounded up")
-    return b.max_pool(x, _pair(kernel), _pair(stride or kernel), _pair(padding))
+    high, wide = _pair(padding)
+    return b.max_pool(x, _pair(kernel), _pair(stride or kernel), (wide, wide, high, high))
 
 
 def _average_pool(
@@ -391,6 +403,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "tanh": lambda b, x: b.tanh(x),
     "tanh_": lambda b, x: b.tanh(x),
     "transpose": _transpose,
+    "unflatten": _unflatten,
     "unsqueeze": _unsqueeze,
     "view": _view,
 }

@@ -114,7 +114,7 @@ def solve(
         UserError: where the solver's package is not installed.
     """
     linear = not program.integral.any()
-    name = _choose(solver, linear=linear)
+    name = choose(solver, linear=linear)
     slack = 0.0 if linear and name == "highs" else DUAL_TOLERANCE * float((program.upper - program.lower).sum())
     below = -np.inf if stop_below is None else stop_below - program.offset
     # So far above that the bound is still above once the slack is taken off.
@@ -158,7 +158,8 @@ def safe_bound(program: Program, duals: Vector) -> float:
     return float((y * side).sum() + least.sum() - rounding)
 
 
-def _choose(solver: Solver, *, linear: bool) -> str:
+def choose(solver: Solver, *, linear: bool = False) -> str:
+    """The solver that is meant; UserError for one that does not exist or is not installed."""
     if solver not in get_args(Solver):
         raise unknown("solver", solver, get_args(Solver))
     order = [solver] if solver != "auto" else ["highs", "scip", "gurobi"] if linear else ["scip", "highs", "gurobi"]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from redan.attacks.apgd import TargetedAPGD
+from redan.attacks.objectives import best_targeted
 from redan.attacks.pgd import PGD
 from redan.attacks.search import SearchModel
 from redan.certification.alpha_crown import AlphaCrown
@@ -30,6 +31,7 @@ from redan.certification.network import Network
 from redan.certification.reduced import reduce, stack
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.rounding import SoundFloat, check_sound_float
+from redan.certification.solvers import Solver, choose
 from redan.certification.zonotope import Zonotope
 from redan.errors import UserError, unknown
 from redan.seeds import generator
@@ -141,6 +143,7 @@ class Robustness:
     ) -> None:
         self._search = SearchModel(model)
         self._images, self._labels, self._places, self._threat, self._seed = images, labels, places, threat, seed
+        self._classes = classes
         self.region = Region.around(images, threat)
         self.specification = Specification.robust(labels, classes)
 
@@ -153,7 +156,7 @@ class Robustness:
         for i in who.tolist():
             draws = generator(self._seed, "certify", int(self._places[i]))
             alone = slice(i, i + 1)
-            strong = TargetedAPGD(self._threat, steps=STRONG_STEPS)
+            strong = TargetedAPGD(self._threat, STRONG_STEPS, best_targeted(self._classes))
             found.append(strong.run(self._search, self._images[alone], self._labels[alone], draws).images)
         return torch.cat(found)
 
@@ -171,20 +174,23 @@ class Verifier:
         timeout: seconds for one image in the stages that work image by image, above 0.
         sound: which rounding errors a certificate covers.
         threads: of the mixed-integer solver.
+        solver: of the mixed-integer programs, see ``solvers.solve``.
 
     Raises:
-        UserError: for a method or mode that does not exist, or a timeout of 0 or less.
+        UserError: for a method or mode that does not exist, a solver that is not installed, or a timeout of 0 or less.
     """
 
     method: str = "cascade"
     timeout: float = 60.0
     sound: SoundFloat = "exact"
     threads: int = 1
+    solver: Solver = "auto"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise unknown("method of certification", self.method, METHODS)
         check_sound_float(self.sound)
+        choose(self.solver)
         if not 0 < self.timeout <= LONGEST:
             raise UserError(f"--timeout is a number of seconds above 0 and at most {LONGEST:g}, got {self.timeout}")
 
@@ -392,7 +398,8 @@ class _Course:
         network, region, specification = self._on_cpu(i)
         if region.ball is not None:
             return False
-        return LateMilp(sound=self._verifier.sound, threads=self._verifier.threads)(
+        verifier = self._verifier
+        return LateMilp(sound=verifier.sound, solver=verifier.solver, threads=verifier.threads)(
             network,
             region,
             specification,
@@ -490,6 +497,7 @@ class _Course:
             image=0,
             rows=[row],
             sound=self._verifier.sound,
+            solver=self._verifier.solver,
             timeout=seconds,
             threads=self._verifier.threads,
         )

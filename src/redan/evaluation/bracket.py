@@ -43,6 +43,7 @@ def bracket(evaluation: Evaluation, certificates: Certificates) -> Evaluation:
             "certified_accuracy": certificates.certified_accuracy,
             "certified_curve": certificates.curve,
             "certified_timeout": certificates.timeout,
+            "certified_sound_float": certificates.sound_float,
             "attacks": {**evaluation.attacks, VERIFIER: robust.value} if fallen else evaluation.attacks,
             "seconds": round(evaluation.seconds + certificates.seconds, 3),
             "per_image": tuple(rows),

@@ -17,6 +17,7 @@ from redan.certification.network import Network, NetworkModule
 from redan.certification.onnx_files import read_onnx
 from redan.certification.reading import read_network
 from redan.certification.rounding import SoundFloat
+from redan.certification.solvers import Solver
 from redan.certification.verifier import METHODS, Robustness, Verdict, Verifier
 from redan.data.pipeline import center_crop, to_float
 from redan.data.registry import load_dataset
@@ -47,6 +48,7 @@ def certify(
     samples: int | None = None,
     timeout: float = 60.0,
     sound_float: SoundFloat = "exact",
+    solver: Solver = "auto",
     shard: str = "1/1",
     seed: int = 0,
     checkpoint: Checkpoint = "best",
@@ -69,6 +71,8 @@ def certify(
         samples: the first so many test images, in order; all if None.
         timeout: seconds for each image in the stages that go image by image.
         sound_float: which rounding errors a certificate covers: ``exact``, ``network`` or ``off``.
+        solver: of the mixed-integer programs: ``scip``, ``highs``, ``gurobi`` (with a licence of your own), or ``auto``
+            for the first that is installed.
         shard: ``i/n`` looks at the i-th of n parts of the images only.
         seed: of the attacks.
         checkpoint: of a run: ``best`` or ``last``.
@@ -88,7 +92,7 @@ def certify(
     Raises:
         UserError: for a mistake in any of these, or a network that cannot be read as a graph.
     """
-    verifier = Verifier(method, timeout, sound_float, torch.get_num_threads())
+    verifier = Verifier(method, timeout, sound_float, torch.get_num_threads(), solver)
     part, parts = _shard(shard)
     if batch_size < 1:
         raise UserError(f"--batch-size is at least 1, got {batch_size}")
@@ -126,6 +130,7 @@ def certify(
         "samples": count,
         "timeout": timeout,
         "sound_float": sound_float,
+        "solver": solver,
         "seed": seed,
         "shard": [part, parts],
         "weights": fingerprint({str(i): v for i, v in enumerate(network.tensors())}),

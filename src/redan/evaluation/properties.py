@@ -4,7 +4,9 @@ A VNN-LIB file describes what must not happen: inputs in a box whose outputs mee
 such input exists, and is ``violated`` by a counterexample.
 """
 
+import csv
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,12 +18,14 @@ from redan.certification.network import Network, NetworkModule
 from redan.certification.onnx_files import read_onnx, write_onnx
 from redan.certification.regions import Region, Specification
 from redan.certification.rounding import SoundFloat
+from redan.certification.solvers import Solver
 from redan.certification.verifier import Verifier
 from redan.certification.vnnlib import read_vnnlib, write_counterexample, write_vnnlib
 from redan.data.pipeline import center_crop, to_float
 from redan.data.registry import load_dataset
 from redan.errors import UserError
 from redan.evaluation.certify import BATCH, graph_of, whole_model
+from redan.evaluation.progress import CertificationProgress
 from redan.evaluation.results import Frozen
 from redan.evaluation.subject import asked_threat, find_subject
 from redan.files import write_atomically
@@ -83,6 +87,7 @@ def decide(
     method: str = "cascade",
     timeout: float = 60.0,
     sound_float: SoundFloat = "exact",
+    solver: Solver = "auto",
     input_mean: Sequence[float] | None = None,
     input_std: Sequence[float] | None = None,
     counterexample: str | Path | None = None,
@@ -95,6 +100,7 @@ def decide(
         method: as of ``certify``.
         timeout: seconds for each box of the file.
         sound_float: as of ``certify``.
+        solver: likewise.
         input_mean: for a network without its normalisation, subtracted from the inputs.
         input_std: likewise, divided by.
         counterexample: file for the counterexample, in VNN-COMP's format, should there be one.
@@ -102,7 +108,7 @@ def decide(
     Raises:
         UserError: for a mistake in any of these.
     """
-    verifier = Verifier(method, timeout, sound_float, torch.get_num_threads())
+    verifier = Verifier(method, timeout, sound_float, torch.get_num_threads(), solver)
     graph = read_onnx(Path(network), input_mean, input_std)
     cases = read_vnnlib(Path(vnnlib), graph.input_shape, graph.classes)
     started, verdict, by = time.perf_counter(), "holds", None
@@ -129,6 +135,100 @@ def decide(
             "seconds": round(time.perf_counter() - started, 3),
         }
     )
+
+
+def decide_all(
+    instances: str | Path,
+    *,
+    method: str = "cascade",
+    sound_float: SoundFloat = "exact",
+    solver: Solver = "auto",
+    input_mean: Sequence[float] | None = None,
+    input_std: Sequence[float] | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> list[Decision]:
+    """Decide a list of properties as VNN-COMP gives it.
+
+    Args:
+        instances: a file whose lines name a network, a property and seconds for it, as ``export`` writes them; its
+            paths are relative to its folder. Where a file is not there, one of that name with ``.gz`` is taken.
+        method: as of ``certify``; so are the next four.
+        sound_float: likewise.
+        solver: likewise.
+        input_mean: likewise.
+        input_std: likewise.
+        out: a folder for ``results.csv`` (a line an instance: network, property, verdict, stage, seconds), kept after
+            each, and the counterexamples.
+        resume: go on behind the lines of that file.
+        progress: show it on standard error.
+
+    Raises:
+        UserError: for a mistake in any of these.
+    """
+    path, folder = Path(instances), None if out is None else Path(out)
+    asked = _instances(path)
+    results = None if folder is None else folder / "results.csv"
+    done: list[Decision] = []
+    if resume:
+        if results is None or not results.exists():
+            raise UserError("there is no results.csv to go on with; name its folder with --out, or leave --resume out")
+        done = _decisions(results, asked)
+    with CertificationProgress(len(asked), show=progress) as bar:
+        for network, vnnlib, seconds in asked[len(done) :]:
+            bar.show(Counter(it.verdict for it in done), vnnlib)
+            sat = None if folder is None else folder / f"{Path(vnnlib).name.partition('.vnnlib')[0]}.counterexample"
+            found = decide(
+                _there(path.parent / network),
+                _there(path.parent / vnnlib),
+                method=method,
+                timeout=seconds,
+                sound_float=sound_float,
+                solver=solver,
+                input_mean=input_mean,
+                input_std=input_std,
+                counterexample=sat,
+            )
+            done.append(found.model_copy(update={"network": network, "property": vnnlib}))
+            if results is not None:
+                lines = [f"{it.network},{it.property},{it.verdict},{it.by or ''},{it.seconds}\n" for it in done]
+                write_atomically(results, "".join(lines).encode())
+        bar.show(Counter(it.verdict for it in done), "")
+    return done
+
+
+def _instances(path: Path) -> list[tuple[str, str, float]]:
+    found = []
+    for number, cells in enumerate(_cells(path), 1):
+        try:
+            network, vnnlib, seconds = (it.strip() for it in cells)
+            found.append((network, vnnlib, float(seconds)))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: expected network,property,seconds") from error
+    if not found:
+        raise UserError(f"{path} lists no instances")
+    return found
+
+
+def _decisions(path: Path, asked: Sequence[tuple[str, str, float]]) -> list[Decision]:
+    cells = _cells(path)
+    if [it[:2] for it in cells] != [list(it[:2]) for it in asked[: len(cells)]] or any(len(it) != 5 for it in cells):
+        raise UserError(f"{path} is of other instances; leave --resume out or name another folder with --out")
+    keys = ("network", "property", "verdict", "by", "seconds")
+    return [Decision.model_validate({**dict(zip(keys, it, strict=True)), "by": it[3] or None}) for it in cells]
+
+
+def _cells(path: Path) -> list[list[str]]:
+    try:
+        return list(csv.reader(path.read_text().splitlines()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _there(path: Path) -> Path:
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if packed.exists() and not path.exists() else path
 
 
 def export(

@@ -184,6 +184,7 @@ class Evaluation(ResultFile):
     certified_accuracy: float | None = None
     certified_curve: tuple[CurvePoint, ...] = ()
     certified_timeout: float | None = None
+    certified_sound_float: str | None = None
     attacks: dict[str, float]
     seconds: float
     model_calls: int

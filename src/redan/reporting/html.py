@@ -226,7 +226,8 @@ def _curves(runs: dict[str, Run]) -> list[_Curves]:
         for proved in run.certificates:
             if proved.curve and proved.curve not in drawn:
                 key = (proved.dataset, proved.threat.partition(":")[0])
-                groups.setdefault(key, []).append((name, f"certified by {proved.method}", (), proved.curve))
+                covers = "" if proved.sound_float == "exact" else f" (rounding: {proved.sound_float})"
+                groups.setdefault(key, []).append((name, f"certified by {proved.method}{covers}", (), proved.curve))
     figures = []
     for (dataset, norm), members in groups.items():
         lines = Counter(name for name, *_ in members)
