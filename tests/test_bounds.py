@@ -24,12 +24,14 @@ from redan.certification.zonotope import Element, Zonotope, _Propagation
 from redan.errors import UserError
 from redan.threats import L1, L2, Linf, LpBall
 from tests.certification_cases import (
+    BOUNDERS,
     NETWORKS,
+    TYPES,
     dense,
     draws,
     exact_minima,
+    exactly,
     images_of,
-    outputs,
     outputs_in_order,
     points,
     problem,
@@ -37,24 +39,7 @@ from tests.certification_cases import (
     violations,
 )
 
-Bounder = Callable[[Network, Region, Specification], Bounds]
-
-BOUNDERS: dict[str, Callable[[SoundFloat], Bounder]] = {
-    "interval": lambda sound: Interval(sound),
-    "zonotope": lambda sound: Zonotope(sound=sound),
-    "learned zonotope": lambda sound: Zonotope(iterations=3, sound=sound),
-    "crown-ibp": lambda sound: Crown("interval", sound),
-    "crown": lambda sound: Crown("crown", sound),
-    "alpha-crown": lambda sound: AlphaCrown(iterations=4, sound=sound),
-    "alpha-crown of the margins": lambda sound: AlphaCrown(iterations=4, intermediate="crown", sound=sound),
-}
-TYPES = [torch.float32, torch.float64]
 every_bounder = pytest.mark.parametrize("name", BOUNDERS)
-
-
-def exactly(network: Network, x: Tensor) -> list[Tensor]:
-    """Outputs in float64 of the weights that a network has."""
-    return outputs(network.to(torch.float64), x)
 
 
 def scaled(network: Network, scales: list[float]) -> Network:

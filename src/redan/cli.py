@@ -54,6 +54,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Overrides = Annotated[
     list[str] | None, typer.Option("-o", "--override", metavar="KEY=VALUE", help="Change a key of the recipe.")
 ]
+Samples = Annotated[int | None, typer.Option("--samples", help="The first N test images; all if not given.")]
+AttackSeed = Annotated[int, typer.Option("--seed", help="Seed of the attacks.")]
+Which = Annotated[str, typer.Option("--checkpoint", help="Of a run: best or last.")]
+Data = Annotated[str | None, typer.Option("--data", help="Data set; the run's own if not given.")]
+InputMean = Annotated[str | None, typer.Option("--input-mean", help="For a network without its normalisation.")]
+InputStd = Annotated[str | None, typer.Option("--input-std", help="Likewise: comma-separated, one a channel.")]
 
 
 def _mannerly(command: Callable[P, R]) -> Callable[P, R]:
@@ -161,18 +167,14 @@ def evaluate(
             "given.",
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option("--samples", help="The first N test images; all if not given.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the attacks.")] = 0,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",
+    samples: Samples = None,
+    seed: AttackSeed = 0,
+    checkpoint: Which = "best",
     curve: Annotated[bool, typer.Option("--curve/--no-curve", help="Find the accuracy at other radii, too.")] = True,
-    data: Annotated[str | None, typer.Option("--data", help="Data set; the run's own if not given.")] = None,
+    data: Data = None,
     data_dir: DataDir = None,
-    input_mean: Annotated[
-        str | None, typer.Option("--input-mean", help="For a network without its normalisation.")
-    ] = None,
-    input_std: Annotated[
-        str | None, typer.Option("--input-std", help="Likewise: comma-separated, one a channel.")
-    ] = None,
+    input_mean: InputMean = None,
+    input_std: InputStd = None,
     precision: Annotated[
         str, typer.Option("--precision", help="Of the search: auto, float32 or bfloat16. Float32 confirms.")
     ] = "auto",
@@ -259,7 +261,7 @@ def certify(
     threat: Annotated[
         str | None, typer.Option("--threat", help="Such as linf:8/255 or l2:0.5; the run's own if not given.")
     ] = None,
-    samples: Annotated[int | None, typer.Option("--samples", help="The first N test images; all if not given.")] = None,
+    samples: Samples = None,
     method: Annotated[
         str,
         typer.Option(
@@ -283,20 +285,16 @@ def certify(
         ),
     ] = "auto",
     shard: Annotated[str, typer.Option("--shard", help="i/n: only the i-th of n parts; report joins them.")] = "1/1",
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the attacks.")] = 0,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",
+    seed: AttackSeed = 0,
+    checkpoint: Which = "best",
     curve: Annotated[
         bool, typer.Option("--curve/--no-curve", help="Find what can be proved at smaller radii, too.")
     ] = True,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images that are bounded together.")] = 100,
-    data: Annotated[str | None, typer.Option("--data", help="Data set; the run's own if not given.")] = None,
+    data: Data = None,
     data_dir: DataDir = None,
-    input_mean: Annotated[
-        str | None, typer.Option("--input-mean", help="For a network without its normalisation.")
-    ] = None,
-    input_std: Annotated[
-        str | None, typer.Option("--input-std", help="Likewise: comma-separated, one a channel.")
-    ] = None,
+    input_mean: InputMean = None,
+    input_std: InputStd = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the result; RUN/certificates if not given.")
     ] = None,
@@ -369,15 +367,11 @@ def export(
     ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Properties of the first N test images.")] = 0,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds that instances.csv allows each.")] = 300.0,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",
-    data: Annotated[str | None, typer.Option("--data", help="Data set; the run's own if not given.")] = None,
+    checkpoint: Which = "best",
+    data: Data = None,
     data_dir: DataDir = None,
-    input_mean: Annotated[
-        str | None, typer.Option("--input-mean", help="For a network without its normalisation.")
-    ] = None,
-    input_std: Annotated[
-        str | None, typer.Option("--input-std", help="Likewise: comma-separated, one a channel.")
-    ] = None,
+    input_mean: InputMean = None,
+    input_std: InputStd = None,
     as_json: Json = False,
 ) -> None:
     """Write a network as ONNX, and its robustness as VNN-LIB, for other verifiers and runtimes."""
@@ -495,7 +489,7 @@ def sweep(
         str | None, typer.Option("--seeds", help="Of the training, such as 0,1,2; each makes a run; 0 if not given.")
     ] = None,
     attack: Annotated[str | None, typer.Option("--attack", help="As redan evaluate takes it.")] = None,
-    samples: Annotated[int | None, typer.Option("--samples", help="The first N test images; all if not given.")] = None,
+    samples: Samples = None,
     checkpoint: Annotated[
         str | None, typer.Option("--checkpoint", help="Of each run: best or last; best if not given.")
     ] = None,

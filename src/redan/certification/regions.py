@@ -144,7 +144,7 @@ class Bounds:
     """What is known of a network on regions.
 
     Attributes:
-        layers: by position of each layer that a ReLU takes, its lower and upper bounds ``(n, *shape)``.
+        layers: by position of each layer that a ReLU or sigmoid takes, its lower and upper bounds ``(n, *shape)``.
         margins: lower bounds of the specification's functions, ``(n, m)`` float64.
     """
 
@@ -167,5 +167,5 @@ class Bounds:
 
     @property
     def open(self) -> int:
-        """How many ReLUs may be on or off, of all images."""
+        """How many ReLUs may be on or off, of all images; a sigmoid whose input may have either sign counts, too."""
         return sum(int(((lower < 0) & (upper > 0)).sum()) for lower, upper in self.layers.values())
