@@ -59,6 +59,8 @@ class AlphaCrown:
                 if self.intermediate == "alpha-crown":
                     tighten_open(relaxation, position, self.optimise)
         margins = specify(relaxation, specification, self.optimise)
+        if crown is not None:  # from tighter boxes, default slopes are others and may be worse
+            margins = torch.maximum(margins, crown.margins)
         return Bounds({i: relaxation.boxes[i] for i in targets}, margins)
 
     def optimise(self, relaxation: Relaxation, functions: Functions) -> Tensor:
