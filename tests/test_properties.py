@@ -57,9 +57,9 @@ def test_each_instance_is_decided(listed: Path, tmp_path: Path) -> None:
     assert [(it["property"], it["verdict"]) for it in decisions] == [(f"{k}.vnnlib", v) for k, v in WORDS.items()]
     lines = (tmp_path / "out" / "results.csv").read_text().splitlines()
     assert [line.split(",")[:3] for line in lines] == [["sum.onnx", f"{k}.vnnlib", v] for k, v in WORDS.items()]
-    inputs, outputs = read_counterexample(tmp_path / "out" / "low.counterexample")
+    inputs, outputs = read_counterexample(tmp_path / "out" / "sum-low.counterexample")
     assert float(inputs.sum()) >= 1.5 and float(outputs) == pytest.approx(float(inputs.sum()))
-    assert not (tmp_path / "out" / "high.counterexample").exists()
+    assert not (tmp_path / "out" / "sum-high.counterexample").exists()
     shown = run(listed)
     assert shown.exit_code == 0 and shown.stdout.count("holds") == 2 and shown.stdout.count("violated") == 1
 
@@ -77,6 +77,8 @@ def test_what_is_decided_is_not_decided_again(listed: Path, tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         redan.decide_all(listed, out=out, progress=False)
     assert len((out / "results.csv").read_text().splitlines()) == 1
+    with pytest.raises(UserError, match="of a list that was stopped; go on with --resume"):
+        redan.decide_all(listed, out=out, progress=False)
     found = redan.decide_all(listed, out=out, resume=True, progress=False)
     assert asked == ["low.vnnlib", "high.vnnlib.gz", "high.vnnlib.gz", "higher.vnnlib"]
     assert [it.verdict for it in found] == list(WORDS.values())

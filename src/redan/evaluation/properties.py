@@ -160,7 +160,7 @@ def decide_all(
         input_mean: likewise.
         input_std: likewise.
         out: a folder for ``results.csv`` (a line an instance: network, property, verdict, stage, seconds), kept after
-            each, and the counterexamples.
+            each, and the counterexamples, ``<network>-<property>.counterexample``.
         resume: go on behind the lines of that file.
         progress: show it on standard error.
 
@@ -175,10 +175,13 @@ def decide_all(
         if results is None or not results.exists():
             raise UserError("there is no results.csv to go on with; name its folder with --out, or leave --resume out")
         done = _decisions(results, asked)
+    elif results is not None and results.exists() and len(_cells(results)) < len(asked):
+        raise UserError(f"{results} is of a list that was stopped; go on with --resume, or name another folder")
     with CertificationProgress(len(asked), show=progress) as bar:
         for network, vnnlib, seconds in asked[len(done) :]:
             bar.show(Counter(it.verdict for it in done), vnnlib)
-            sat = None if folder is None else folder / f"{Path(vnnlib).name.partition('.vnnlib')[0]}.counterexample"
+            names = Path(network).name.partition(".onnx")[0], Path(vnnlib).name.partition(".vnnlib")[0]
+            sat = None if folder is None else folder / f"{'-'.join(names)}.counterexample"
             found = decide(
                 _there(path.parent / network),
                 _there(path.parent / vnnlib),
