@@ -102,7 +102,7 @@ def main() -> None:
     }
     if args.json:
         settings = {"radius": args.radius, "images": args.images, "timeout": args.timeout}
-        found = {"benchmark": "milp_solvers", "ratios": ratios, "rows": rows}
+        found: dict[str, Any] = {"benchmark": "milp_solvers", "ratios": ratios, "rows": rows}
         print(json.dumps(found | settings | {"machine": machine()}))
     else:
         print(f"HiGHS over SCIP, median of {len(rows)} images: {ratios}; {machine()}")

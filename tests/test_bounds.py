@@ -448,7 +448,8 @@ def test_parts_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     region, specification = problem(network, Linf(0.1), images=3)
     makers = [BOUNDERS[it] for it in ("crown", "alpha-crown", "zonotope")]
     whole = [make("exact")(network, region, specification) for make in makers]
-    monkeypatch.setattr("redan.certification.relaxation.CHUNK", 100)
+    for module in ("relaxation", "crown", "interval"):
+        monkeypatch.setattr(f"redan.certification.{module}.CACHED", 100)
     monkeypatch.setattr("redan.certification.zonotope.CHUNK", 1)
     for make, expected in zip(makers, whole, strict=True):
         torch.testing.assert_close(

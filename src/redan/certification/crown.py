@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from redan.certification.interval import CACHED
 from redan.certification.network import Network
-from redan.certification.regions import Bounds, Region, Specification
+from redan.certification.regions import Bounds, Region, Specification, parts
 from redan.certification.relaxation import Functions, Relaxation
 from redan.certification.rounding import SoundFloat, full_products, known
 from redan.certification.rows import Rows
@@ -37,6 +38,10 @@ class Crown:
     @full_products()
     @torch.no_grad()
     def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
+        some = parts(region, specification, CACHED // network.widest)
+        return Bounds.join([self._bound(network, *it) for it in some])
+
+    def _bound(self, network: Network, region: Region, specification: Specification) -> Bounds:
         relaxation = Relaxation(network, region, self.sound)
         targets = network.bent
         for _ in network.layers:

@@ -8,11 +8,14 @@ from torch import Tensor
 
 from redan.certification import sigmoid
 from redan.certification.network import Affine, Layer, Linear, Network, Relu, Reshape, Sigmoid
-from redan.certification.regions import Bounds, Region, Specification
+from redan.certification.regions import Bounds, Region, Specification, parts
 from redan.certification.rounding import SoundFloat, full_products, known, pulled_error, relative_error, smallest
 from redan.certification.rows import Rows
 
 Box = tuple[Tensor, Tensor]
+
+# Numbers of a layer that a processor's cache holds some copies of: so many are worked on at once.
+CACHED = 2**20
 
 
 def magnitude(layer: Affine, boxes: Sequence[Box]) -> Tensor:
@@ -60,8 +63,12 @@ class Interval:
 
     sound: SoundFloat = "exact"
 
-    @full_products()
     def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
+        some = parts(region, specification, CACHED // network.widest)
+        return Bounds.join([self._bound(network, *it) for it in some])
+
+    @full_products()
+    def _bound(self, network: Network, region: Region, specification: Specification) -> Bounds:
         boxes = propagate(network, region, self.sound)
         layers = {i: boxes[i] for i in network.bent}
         n, m = specification.offsets.shape

@@ -347,6 +347,11 @@ class Network:
         return self.layers[-1].shape[0]
 
     @property
+    def widest(self) -> int:
+        """Numbers in the output of the layer that has the most."""
+        return max(prod(layer.shape) for layer in self.layers)
+
+    @property
     def relus(self) -> tuple[int, ...]:
         """Positions of the ReLU layers."""
         return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer, Relu))

@@ -1,6 +1,6 @@
 """What is to be shown: a region of inputs, and linear functions of the logits that must be above zero on all of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +137,13 @@ class Specification:
     def shown(self, lower: Tensor) -> Tensor:
         """For which images lower bounds ``(n, m)`` show it: bool ``(n,)``."""
         return self.worst(lower) > 0
+
+
+def parts(region: Region, specification: Specification, images: int) -> Iterator[tuple[Region, Specification]]:
+    """So many images at a time, at least one."""
+    for first in range(0, len(region), max(1, images)):
+        some = slice(first, first + max(1, images))
+        yield region.part(some), specification.part(some)
 
 
 @dataclass(frozen=True, eq=False)

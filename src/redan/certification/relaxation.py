@@ -21,14 +21,11 @@ import torch
 from torch import Tensor
 
 from redan.certification import sigmoid
-from redan.certification.interval import Box, magnitude, step
+from redan.certification.interval import CACHED, Box, magnitude, step
 from redan.certification.network import Add, Affine, Convolution, Linear, Network, Relu, Scale, Sigmoid
 from redan.certification.regions import Region
 from redan.certification.rounding import SoundFloat, gamma, pulled_error, smallest
 from redan.certification.rows import Rows, add, total
-
-# Coefficients that are worked on at once: as many as a processor's cache holds some copies of.
-CHUNK = 2**20
 
 # Lower slopes of a ReLU layer for some rows: the rows at the layer, its position, to slopes like the rows' values.
 Slopes = Callable[[Rows, int], Tensor]
@@ -105,15 +102,15 @@ class Relaxation:
         """Of the ReLU on that layer: slope of the upper line, where it is zero, and the default lower slope."""
         if position not in self._lines:
             lower, upper = self.boxes[position]
-            open_ = (lower < 0) & (upper > 0)
-            # A hair steeper than the chord: above the ReLU at both ends however the quotient was rounded.
-            half = torch.where(
-                open_, upper / 2 - lower / 2, 1.0
-            )  # of a box that is a point no 0 / 0, for gradients' sake
-            slope = (upper / 2 / half) * (1 + 4 * torch.finfo(upper.dtype).eps)
-            slope = torch.where(open_, slope.nan_to_num(1.0), (lower >= 0).to(slope))
-            zero = torch.where(open_, lower, 0.0)
-            default = torch.where(open_, (upper > -lower).to(slope), slope)
+            # Factors of 0 and 1 instead of torch.where, which costs ten times a product.
+            above, below = upper.relu(), (-lower).relu()
+            can, always = (upper > 0).to(upper), (lower >= 0).to(upper)
+            # u / (u - l), a hair steeper than the chord: above the ReLU at both ends however the quotient was rounded.
+            half = above / 2
+            slope = half.div(half + below / 2).nan_to_num_(1.0).mul_(1 + 4 * torch.finfo(upper.dtype).eps)
+            slope = slope.clamp_(max=1).maximum(always).mul_(can)
+            zero = (below * can).neg_()
+            default = (upper > -lower).to(upper)
             self._lines[position] = (slope, zero, default)
         return self._lines[position]
 
@@ -271,7 +268,7 @@ class Relaxation:
 
     def chunks(self, position: int, rows: int) -> Iterator[slice]:
         """Cut rows that start at a layer into parts that are worked on at once."""
-        width = max(1, CHUNK // self._widest(position))
+        width = max(1, CACHED // self._widest(position))
         for first in range(0, rows, width):
             yield slice(first, first + width)
 

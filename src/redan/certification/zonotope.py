@@ -15,6 +15,7 @@ network can be added up group by group, and so that the radius of each group can
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from redan.certification import sigmoid
 from redan.certification.interval import Box, step
 from redan.certification.network import Affine, Network, Relu, Sigmoid
-from redan.certification.regions import Bounds, Region, Specification
+from redan.certification.regions import Bounds, Region, Specification, parts
 from redan.certification.rounding import SoundFloat, full_products, known, relative_error, smallest
 
 # Numbers that the generators of one layer may have before a batch is cut into parts.
@@ -290,21 +291,6 @@ class Zonotope:
     sound: SoundFloat = "exact"
 
     def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
-        widest = max(torch.Size(layer.shape).numel() for layer in network.layers)
-        together = max(1, CHUNK // (torch.Size(network.input_shape).numel() * widest))
-        parts = [
-            learn(
-                network,
-                region.part(slice(i, i + together)),
-                specification.part(slice(i, i + together)),
-                iterations=self.iterations,
-                rate=self.rate,
-                sound=self.sound,
-            ).bounds
-            for i in range(0, len(region), together)
-        ]
-        layers = {
-            k: (torch.cat([p.layers[k][0] for p in parts]), torch.cat([p.layers[k][1] for p in parts]))
-            for k in parts[0].layers
-        }
-        return Bounds(layers, torch.cat([p.margins for p in parts]))
+        some = parts(region, specification, CHUNK // (torch.Size(network.input_shape).numel() * network.widest))
+        options: dict[str, Any] = {"iterations": self.iterations, "rate": self.rate, "sound": self.sound}
+        return Bounds.join([learn(network, *it, **options).bounds for it in some])
