@@ -101,7 +101,7 @@ def main() -> None:
         for name, key in (("mixed-integer", "seconds"), ("linear", "programs_seconds"))
     }
     if args.json:
-        settings = {"radius": args.radius, "images": args.images, "timeout": args.timeout}
+        settings: dict[str, Any] = {"radius": args.radius, "images": args.images, "timeout": args.timeout}
         found: dict[str, Any] = {"benchmark": "milp_solvers", "ratios": ratios, "rows": rows}
         print(json.dumps(found | settings | {"machine": machine()}))
     else:
