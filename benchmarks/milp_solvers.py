@@ -102,8 +102,8 @@ def main() -> None:
     }
     if args.json:
         settings: dict[str, Any] = {"radius": args.radius, "images": args.images, "timeout": args.timeout}
-        found: dict[str, Any] = {"benchmark": "milp_solvers", "ratios": ratios, "rows": rows}
-        print(json.dumps(found | settings | {"machine": machine()}))
+        document: dict[str, Any] = {"benchmark": "milp_solvers", "ratios": ratios, "rows": rows}
+        print(json.dumps(document | settings | {"machine": machine()}))
     else:
         print(f"HiGHS over SCIP, median of {len(rows)} images: {ratios}; {machine()}")
 
