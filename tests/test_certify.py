@@ -324,6 +324,7 @@ def test_bracket_from_the_command_line(trained: Path, whole: Certificates, tmp_p
     assert {row.index for row in whole.per_image[:10] if row.verdict == "certified"} <= set(proved)
     shown = run("--certify", "--out", tmp_path / "shown")
     assert shown.exit_code == 0 and "certified [95 %]" in shown.stdout
+    assert shown.stdout.count("certificates hold for the network with its float32 weights") == 1
     plain = run("--out", tmp_path / "plain")
     assert plain.exit_code == 0 and "certified" not in plain.stdout
 
@@ -385,6 +386,8 @@ def test_command_line_and_mistakes(trained: Path, tmp_path: Path) -> None:
     assert {"index", "label", "verdict", "by", "seconds"} <= document["per_image"][0].keys()
     shown = run(*base)
     assert "certified" in shown.stdout and "crown" in shown.stdout
+    assert "certificates hold for the network with its float32 weights in exact arithmetic" in shown.stdout
+    assert "rounding is not covered" in run(*base, "--sound-float", "off").stdout
     assert run(*base, "--fail-under", "1.1").exit_code == 1
     for arguments, message in (
         (("--method", "crowm"), "did you mean 'crown'"),

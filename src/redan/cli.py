@@ -773,11 +773,10 @@ def _print_results(results: list[Any]) -> None:
         console.print(f"{result.run} within {result.threat}, {told}", soft_wrap=True, markup=False)
         if result.account:
             console.print(result.account, soft_wrap=True, markup=False)
-        if result.certified_sound_float is not None:
-            told = COVERED[result.certified_sound_float]
-            console.print(f"certificates hold for {told}", soft_wrap=True, markup=False)
         if result.randomised is not None:
             _print_randomised(result)
+    for mode in dict.fromkeys(it.certified_sound_float for it in results if it.certified_sound_float is not None):
+        console.print(f"certificates hold for {COVERED[mode]}", soft_wrap=True, markup=False)
 
 
 # What a certificate holds for, by the rounding that it covers.
