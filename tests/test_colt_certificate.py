@@ -2,16 +2,19 @@
 
 import itertools
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from redan.certification.building import Builder
 from redan.certification.colt import LateMilp
 from redan.certification.interval import Interval
 from redan.certification.milp import Binaries, lp_refine, minimise
 from redan.certification.network import Linear, Network
 from redan.certification.regions import Bounds, Region, Specification
+from redan.certification.verifier import Verifier
 from redan.certification.zonotope import Zonotope, learn
 from redan.threats import Linf
 from tests.certification_cases import NETWORKS, problem
@@ -134,3 +137,26 @@ def test_urgency_is_the_gradient_by_the_slope() -> None:
         stable = (plain.bounds.layers[position][0] >= 0) | (plain.bounds.layers[position][1] <= 0)
         assert not values[stable].any() and (values >= 0).all() and lower.shape == upper.shape
     assert any(values.any() for values in learned.urgency.values())
+
+
+@pytest.mark.parametrize("method", ["learned-zonotope", "colt"])
+def test_weights_that_float32_rounds_up_prove_nothing(method: str) -> None:
+    """x / 3 - 1 / 6 - 1e-10 is below 0 at x = 1/2; with the float32 number next to 1/3 it is 5e-9 there."""
+    b = Builder((1,))
+    third_of_x = b.relu(b.linear(0, torch.ones(1, 1).double() / 3, None))
+    network = b.network(b.linear(third_of_x, torch.tensor([[1.0], [0.0]]), None))
+    third = Region(torch.tensor([[0.5]]).double(), torch.tensor([[0.75]]).double())
+    asked = Specification.robust(torch.tensor([0]), 2)
+    asked = replace(asked, offsets=asked.offsets - 1 / 6 - 1e-10)
+
+    class Silent:
+        region, specification = third, asked
+
+        def attack(self, name: str, who: Tensor) -> Tensor:
+            return self.region.upper[who].float()
+
+        def refutes(self, candidates: Tensor, who: Tensor) -> Tensor:
+            return torch.zeros(len(candidates), dtype=torch.bool)
+
+    (found,) = Verifier(method, timeout=5)(network, Silent())
+    assert found.outcome == "unknown" and found.margin is not None and found.margin < 0

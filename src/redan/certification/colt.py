@@ -86,16 +86,14 @@ class LateMilp:
                 deadline=deadline,
             )
             layers[position] = (low[None], high[None])
-        fast = network.to(torch.float32)
         return all(
-            any(self._row(network, fast, region, specification, layers, int(row), deadline, tried) for row in rows)
+            any(self._row(network, region, specification, layers, int(row), deadline, tried) for row in rows)
             for rows in specification.left(bounds.margins[0].cpu())
         )
 
     def _row(
         self,
         network: Network,
-        fast: Network,
         region: Region,
         specification: Specification,
         layers: dict[int, tuple[Tensor, Tensor]],
@@ -106,7 +104,7 @@ class LateMilp:
         if time.monotonic() >= deadline:
             return False
         learned = learn(
-            fast, region, specification.row(row), iterations=self.iterations, sound=self.sound, given=layers
+            network, region, specification.row(row), iterations=self.iterations, sound=self.sound, given=layers
         )
         if learned.bounds.margins[0, 0] > 0:
             return True

@@ -316,7 +316,8 @@ class _Course:
             if stage == "alpha-crown":  # after "crown" in every method
                 found = self._optimise(region, specification, [self._bounds[i] for i in who.tolist()])
             else:
-                found = bounders[stage](self._fast, region, specification)
+                network = self._network if stage == "learned-zonotope" else self._fast
+                found = bounders[stage](network, region, specification)
             shown = specification.shown(found.margins)
         worst = specification.worst(found.margins)
         for k, i in enumerate(who.tolist()):

@@ -215,10 +215,11 @@ def learn(
 ) -> Learned:
     """Bound by zonotopes, and learn their slopes for the margins until these are shown or gain nothing any more.
 
-    On the way nothing is rounded outwards; the best slopes then make a sound pass in float64.
+    On the way all is float32 and nothing rounded outwards; the best slopes then make a sound pass in float64. That is
+    on the weights as given: those of a float32 copy may be rounded, which float64's own roundings do not cover.
 
     Args:
-        network: the network.
+        network: the network; in float64 where its weights are not all float32 numbers, as of what was folded.
         region: the regions, one an image.
         specification: what is to be shown.
         iterations: steps of Adam at most; 0 keeps the slopes of least area.
@@ -233,6 +234,7 @@ def learn(
         margins = first.margins(specification)
     bounds = Bounds({i: first.bounds[i] for i in network.bent}, margins)
     before = {i: network.layers[i].inputs[0] for i in slopes}
+    fast, slopes = network.to(torch.float32), {i: slope.float() for i, slope in slopes.items()}
     worst = specification.worst(margins)
     best = {i: slope.clone() for i, slope in slopes.items()}
     since = torch.zeros_like(worst, dtype=torch.int64)  # steps since an image's margin last gained
@@ -246,7 +248,7 @@ def learn(
             some = {position: slope[left] for position, slope in slopes.items()}
             some_given = {position: (low[left], high[left]) for position, (low, high) in given.items()}
             asked = specification.part(left)
-            found = _Propagation(network, region.part(left), "off", some, some_given).margins(asked)
+            found = _Propagation(fast, region.part(left), "off", some, some_given).margins(asked)
             loss = torch.cat([-found, torch.zeros_like(found[:, :1])], 1).logsumexp(1).sum()
         now = asked.worst(found.detach())
         better = now > worst[left] + LEAST_GAIN * worst[left].abs()
