@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -265,3 +266,26 @@ def exact_minima(network: Network, region: Region, specification: Specification,
 
     visit(0, [], [], [])
     return minima
+
+
+def shifted(specification: Specification, by: Tensor) -> Specification:
+    """The same functions, moved by so much."""
+    return replace(specification, offsets=specification.offsets + by)
+
+
+class Asked:
+    """The question of images that one corner attacks, and any image refutes that is inside."""
+
+    def __init__(self, network: Network, region: Region, specification: Specification) -> None:
+        self.region, self.specification = region, specification
+        self._network = network
+
+    def attack(self, name: str, who: Tensor) -> Tensor:
+        return self.region.part(who).inner()[0]
+
+    def refutes(self, candidates: Tensor, who: Tensor) -> Tensor:
+        region, asked = self.region.part(who), self.specification.part(who)
+        inside = ((candidates >= region.lower) & (candidates <= region.upper)).flatten(1).all(1)
+        if region.ball is not None and region.centre is not None:
+            inside &= region.ball.contains(candidates, region.centre)
+        return inside & (asked.worst(asked.values(self._network(candidates.double()))) <= 0)

@@ -17,7 +17,17 @@ from redan.certification.regions import Region, Specification
 from redan.certification.rounding import SoundFloat
 from redan.certification.verifier import Verifier
 from redan.threats import Linf
-from tests.certification_cases import RELU_NETWORKS, dense, draws, exact_minima, outputs, points, problem
+from tests.certification_cases import (
+    RELU_NETWORKS,
+    Asked,
+    dense,
+    draws,
+    exact_minima,
+    outputs,
+    points,
+    problem,
+    shifted,
+)
 
 HORIZON = 60.0  # seconds, far more than any problem here takes
 
@@ -118,10 +128,6 @@ def solve(
     for image in judge.images.values():
         assert ((image >= region.lower[0].flatten()) & (image <= region.upper[0].flatten())).all()
     return verdicts, lower, visited, judge
-
-
-def shifted(specification: Specification, by: Tensor) -> Specification:
-    return replace(specification, offsets=specification.offsets + by)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -318,21 +324,6 @@ def test_an_image_ends_with_its_first_problem_that_is_lost() -> None:
     assert spent[1] < spent[0]
     verdicts, _, visited, _ = SEARCH(together, owners=owners, seconds=long | {0: 0.0}, refuted=refuted)
     assert None in verdicts[:2] and verdicts[2:] == [None, False, True, True]
-
-
-class Asked:
-    """The question of several images, which no attack answers."""
-
-    def __init__(self, network: Network, region: Region, specification: Specification) -> None:
-        self.region, self.specification = region, specification
-        self._network = network
-
-    def attack(self, name: str, who: Tensor) -> Tensor:
-        return self.region.part(who).lower.float()
-
-    def refutes(self, candidates: Tensor, who: Tensor) -> Tensor:
-        asked = self.specification.part(who)
-        return asked.worst(asked.values(self._network(candidates.double()))) <= 0
 
 
 def test_the_verifier_comes_to_the_same_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:

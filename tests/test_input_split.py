@@ -20,7 +20,7 @@ from redan.certification.regions import Region, Specification
 from redan.certification.verifier import Verifier
 from redan.errors import UserError
 from redan.threats import L2, Linf, LpBall
-from tests.certification_cases import dense, draws, exact_minima, points, problem, specification_values
+from tests.certification_cases import Asked, dense, draws, exact_minima, points, problem, shifted, specification_values
 
 HORIZON = 60.0  # seconds, far more than any problem here takes
 
@@ -89,10 +89,6 @@ def solve(
 def tiny(kind: str, seed: int, threat: LpBall | None = None) -> tuple[Network, Region, Specification]:
     network = TINY[kind](seed)
     return network, *problem(network, threat or Linf(0.3), seed, images=1)
-
-
-def shifted(specification: Specification, by: Tensor) -> Specification:
-    return replace(specification, offsets=specification.offsets + by)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -239,21 +235,6 @@ def test_a_forgotten_part_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         found = search(network, region, case, deadline=time.monotonic() + HORIZON, refuted=lambda images: False)
         false += found[0] is True
     assert false > 0
-
-
-class Asked:
-    """A question that no attack answers."""
-
-    def __init__(self, network: Network, region: Region, specification: Specification) -> None:
-        self.region, self.specification = region, specification
-        self._network = network
-
-    def attack(self, name: str, who: Tensor) -> Tensor:
-        return self.region.part(who).lower.float()
-
-    def refutes(self, candidates: Tensor, who: Tensor) -> Tensor:
-        asked = self.specification.part(who)
-        return asked.worst(asked.values(self._network(candidates.double()))) <= 0
 
 
 def test_the_verifier_splits_few_inputs() -> None:

@@ -26,6 +26,7 @@ from tests.certification_cases import (
     NETWORKS,
     RELU_NETWORKS,
     TYPES,
+    Asked,
     exactly,
     images_of,
     outputs_in_order,
@@ -138,24 +139,6 @@ def test_mixed_integer_programs(
         if candidate is not None:
             assert ((candidate >= region.lower[0]) & (candidate <= region.upper[0])).all()
             assert found.lower[row] <= specification.values(network(candidate[None]))[0, row]
-
-
-class Asked:
-    """The question of images that one corner attacks, and any image refutes that is inside."""
-
-    def __init__(self, network: Network, region: Region, specification: Specification) -> None:
-        self.region, self.specification = region, specification
-        self._network = network
-
-    def attack(self, name: str, who: Tensor) -> Tensor:
-        return self.region.part(who).inner()[0]
-
-    def refutes(self, candidates: Tensor, who: Tensor) -> Tensor:
-        region, asked = self.region.part(who), self.specification.part(who)
-        inside = ((candidates >= region.lower) & (candidates <= region.upper)).flatten(1).all(1)
-        if region.ball is not None and region.centre is not None:
-            inside &= region.ball.contains(candidates, region.centre)
-        return inside & (asked.worst(asked.values(self._network(candidates.double()))) <= 0)
 
 
 @pytest.mark.parametrize("method", METHODS)

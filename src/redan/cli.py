@@ -21,8 +21,6 @@ from redan.version import __version__
 
 if TYPE_CHECKING:
     from redan.attacks.search import Precision
-    from redan.certification.rounding import SoundFloat
-    from redan.certification.solvers import Solver
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -311,6 +309,8 @@ def certify(
     as_json: Json = False,
 ) -> None:
     """Prove what can be proved of test images: that nothing within the threat changes their label."""
+    options: dict[str, Any] = {"method": method, "sound_float": sound_float, "solver": solver}
+    options |= {"input_mean": _numbers(input_mean), "input_std": _numbers(input_std)}
     if vnnlib is not None or run.endswith(".csv"):
         given = (threat, samples, fail_under, data, shard, seed, checkpoint, curve, batch_size)
         if given != (None, None, None, None, "1/1", 0, "best", True, 100):
@@ -320,12 +320,12 @@ def certify(
             raise UserError(
                 "instances.csv names properties and seconds, --out a folder for results: leave the rest out"
             )
-        _decide_all(run, method, sound_float, solver, input_mean, input_std, out, resume, as_json)
+        _decide_all(run, options, out, resume, as_json)
         return
     if vnnlib is not None:
         if out is not None or resume:
             raise UserError("--vnnlib gives one verdict and keeps nothing: leave --out and --resume out")
-        _decide(run, vnnlib, method, timeout, sound_float, solver, input_mean, input_std, counterexample, as_json)
+        _decide(run, vnnlib, options, timeout, counterexample, as_json)
         return
     if counterexample is not None:
         raise UserError("--counterexample goes with --vnnlib; counterexamples of images are kept beside the result")
@@ -334,11 +334,8 @@ def certify(
     result = run_certification(
         run,
         threat=threat,
-        method=method,
         samples=samples,
         timeout=timeout,
-        sound_float=cast("SoundFloat", sound_float),  # an unknown one is refused where it is used
-        solver=cast("Solver", solver),
         shard=shard,
         seed=seed,
         checkpoint=_checkpoint(checkpoint),
@@ -346,10 +343,9 @@ def certify(
         batch_size=batch_size,
         data=data,
         data_dir=data_dir,
-        input_mean=_numbers(input_mean),
-        input_std=_numbers(input_std),
         out=out,
         resume=resume,
+        **options,
     )
     print(result.model_dump_json()) if as_json else _print_certificates(result)
     if fail_under is not None and result.certified_accuracy < fail_under:
@@ -809,31 +805,12 @@ def _print_certificates(result: Any) -> None:
 
 
 def _decide(
-    run: str,
-    vnnlib: Path,
-    method: str,
-    timeout: float,
-    sound_float: str,
-    solver: str,
-    input_mean: str | None,
-    input_std: str | None,
-    counterexample: Path | None,
-    as_json: bool,
+    network: str, vnnlib: Path, options: dict[str, Any], timeout: float, counterexample: Path | None, as_json: bool
 ) -> None:
     """``redan certify NETWORK.onnx --vnnlib FILE``."""
     from redan.evaluation.properties import decide
 
-    decision = decide(
-        run,
-        vnnlib,
-        method=method,
-        timeout=timeout,
-        sound_float=cast("SoundFloat", sound_float),
-        solver=cast("Solver", solver),
-        input_mean=_numbers(input_mean),
-        input_std=_numbers(input_std),
-        counterexample=counterexample,
-    )
+    decision = decide(network, vnnlib, timeout=timeout, counterexample=counterexample, **options)
     if as_json:
         print(decision.model_dump_json())
     else:
@@ -841,30 +818,11 @@ def _decide(
         console.print(f"{decision.verdict}{by} ({decision.seconds:.2f} s)", soft_wrap=True, markup=False)
 
 
-def _decide_all(
-    instances: str,
-    method: str,
-    sound_float: str,
-    solver: str,
-    input_mean: str | None,
-    input_std: str | None,
-    out: Path | None,
-    resume: bool,
-    as_json: bool,
-) -> None:
+def _decide_all(instances: str, options: dict[str, Any], out: Path | None, resume: bool, as_json: bool) -> None:
     """``redan certify instances.csv``."""
     from redan.evaluation.properties import decide_all
 
-    decisions = decide_all(
-        instances,
-        method=method,
-        sound_float=cast("SoundFloat", sound_float),
-        solver=cast("Solver", solver),
-        input_mean=_numbers(input_mean),
-        input_std=_numbers(input_std),
-        out=out,
-        resume=resume,
-    )
+    decisions = decide_all(instances, out=out, resume=resume, **options)
     if as_json:
         print(json.dumps({"decisions": [it.model_dump() for it in decisions]}))
         return

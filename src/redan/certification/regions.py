@@ -166,6 +166,8 @@ class Bounds:
     @staticmethod
     def join(bounds: Sequence["Bounds"]) -> "Bounds":
         """Those of several images as one."""
+        if len(bounds) == 1:
+            return bounds[0]
         layers = {
             i: (torch.cat([it.layers[i][0] for it in bounds]), torch.cat([it.layers[i][1] for it in bounds]))
             for i in bounds[0].layers
