@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from redan.certification.building import Builder
 from redan.certification.network import Affine, Convolution, Linear, Network, Relu, Scale
 from redan.certification.reading import read_network
-from redan.certification.rows import Rows, add
+from redan.certification.rows import Rows, add, total_above
 from redan.errors import UserError
 from tests.certification_cases import NETWORKS, draws
 
@@ -249,6 +250,21 @@ def layers_of_all_kinds() -> dict[str, Network]:
 
 
 LAYERS = layers_of_all_kinds()
+
+
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([(300, 2, 2), (7, 9, 9), (500,)]),
+)
+def test_no_sum_of_nonnegative_numbers_is_rounded_down(seed: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    values = torch.rand(2, *shape, generator=draws).to(dtype) * 10.0 ** torch.randint(
+        -6, 7, (2, *shape), generator=draws
+    )
+    for value, row in zip(total_above(values).tolist(), values.flatten(1).tolist(), strict=True):
+        exact = sum(map(Fraction, row))
+        assert exact <= Fraction(value) <= exact * (1 + Fraction(3000 * torch.finfo(dtype).eps))
 
 
 def dense_rows(rows: Rows, shape: tuple[int, ...]) -> Tensor:

@@ -272,13 +272,15 @@ def test_model_that_draws_at_random_is_counted_by_every_rule(run: Path) -> None:
 def test_dpls_is_called_a_reconstruction(run: Path) -> None:
     recipe = json.loads((run / "recipe.yaml").read_text())
     ours = "pgd-at DPLS, reconstructed: confidence"
-    for scale, sources, told in (
-        (0.4, [], f"{ours} after epoch 9, scale 0.4, control: permuted"),
-        (0.4, ["a", "b"], f"{ours} from 2 runs, scale 0.4, control: permuted"),
-        (0.0, [], "pgd-at"),
+    for changed, told in (
+        ({}, f"{ours} of epochs 4 to 9, min-max, scale 0.4, cap 0.9, control: permuted"),
+        ({"sources": ["a", "b"]}, f"{ours} from 2 earlier runs, min-max, scale 0.4, cap 0.9, control: permuted"),
+        ({"sources": ["a"], "control": "none"}, f"{ours} from 1 earlier run, min-max, scale 0.4, cap 0.9"),
+        ({"min_max": False}, f"{ours} of epochs 4 to 9, strictly proportional, scale 0.4, cap 0.9, control: permuted"),
+        ({"scale": 0.0}, "pgd-at"),
     ):
-        recipe["dpls"] = {"difficulty": "confidence", "warmup": 9, "scale": scale, "control": "permuted"}
-        recipe["dpls"]["sources"] = sources
+        dpls = {"difficulty": "confidence", "first": 3, "warmup": 9, "min_max": True, "scale": 0.4, "cap": 0.9}
+        recipe["dpls"] = {**dpls, "control": "permuted", "sources": [], **changed}
         (run / "recipe.yaml").write_text(json.dumps(recipe))
         assert report(run).rows[1][9] == told
 

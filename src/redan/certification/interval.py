@@ -32,8 +32,8 @@ def step(layer: Layer, boxes: Sequence[Box], sound: SoundFloat) -> Box:
         lower, upper = (layer(*ends) for ends in zip(*boxes, strict=True))
         return lower, upper
     error = relative_error(layer, boxes[0][0].dtype, sound)
-    centres = [(lower + upper) / 2 for lower, upper in boxes]
-    radii = [(upper - lower) / 2 + error * torch.maximum(lower.abs(), upper.abs()) for lower, upper in boxes]
+    centres = [(lower + upper) * 0.5 for lower, upper in boxes]
+    radii = [(upper - lower) * 0.5 + error * torch.maximum(lower.abs(), upper.abs()) for lower, upper in boxes]
     centre, radius = layer(*centres), layer.absolute(*radii) + smallest(layer, boxes[0][0].dtype, sound)
     if layer.bias_size is not None:
         radius = radius + error * layer.bias_size

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redan.certification.rows import Rows, total
+from redan.certification.rows import Rows, total, total_above
 from redan.threats import L1, L2, Linf, LpBall
 
 
@@ -67,7 +67,7 @@ class Region:
         terms = torch.addcmul(positive * rows.look(self.lower), values - positive, rows.look(self.upper))
         # Products in the rows' type, each rounded once; their sum in float64.
         size = torch.maximum(self.lower.abs(), self.upper.abs()).flatten(1).amax(1)
-        slack = 2 * torch.finfo(values.dtype).eps * total(values.abs()) * size[rows.image]
+        slack = 2 * torch.finfo(values.dtype).eps * total_above(values.abs()) * size[rows.image]
         least = total(terms) - slack
         if self.ball is None or self.centre is None:
             return least

@@ -25,7 +25,7 @@ from redan.certification.interval import CACHED, Box, magnitude, step
 from redan.certification.network import Add, Affine, Convolution, Linear, Network, Relu, Scale, Sigmoid
 from redan.certification.regions import Region
 from redan.certification.rounding import SoundFloat, gamma, pulled_error, smallest
-from redan.certification.rows import Rows, add, total
+from redan.certification.rows import Rows, add, total, total_above
 
 # Lower slopes of a ReLU layer for some rows: the rows at the layer, its position, to slopes like the rows' values.
 Slopes = Callable[[Rows, int], Tensor]
@@ -106,8 +106,8 @@ class Relaxation:
             above, below = upper.relu(), (-lower).relu()
             can, always = (upper > 0).to(upper), (lower >= 0).to(upper)
             # u / (u - l), a hair steeper than the chord: above the ReLU at both ends however the quotient was rounded.
-            half = above / 2
-            slope = half.div(half + below / 2).nan_to_num_(1.0).mul_(1 + 4 * torch.finfo(upper.dtype).eps)
+            half = above * 0.5  # many times faster than a quotient
+            slope = half.div(half + below * 0.5).nan_to_num_(1.0).mul_(1 + 4 * torch.finfo(upper.dtype).eps)
             slope = slope.clamp_(max=1).maximum(always).mul_(can)
             zero = (below * can).neg_()
             default = (upper > -lower).to(upper)
@@ -241,7 +241,7 @@ class Relaxation:
         # Positive and negative parts: torch.where costs ten times a product, and one of the two terms is always 0.
         positive = rows.values.relu()
         negative = (rows.values - positive) * rows.look(slope)
-        constant = total(negative * rows.look(zero))
+        constant = total_above(negative * rows.look(zero))
         return rows.with_values(torch.addcmul(negative, positive, below)), -constant
 
     def _sigmoid(self, position: int, rows: Rows) -> tuple[Rows, Tensor]:

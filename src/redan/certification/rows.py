@@ -98,6 +98,19 @@ def total(values: Tensor) -> Tensor:
     return values.sum(tuple(range(1, values.dim())), dtype=torch.float64)
 
 
+def total_above(values: Tensor) -> Tensor:
+    """What each row's numbers, all at least 0, sum up to at most; several times faster in float32 than ``total``.
+
+    Over channels the sum is in the numbers' own type. Nothing cancels, so that n roundings make a relative error of no
+    more than gamma_n.
+    """
+    error = values[:1].numel() * torch.finfo(torch.float64).eps
+    if values.dim() == 4:
+        error += values.shape[1] * torch.finfo(values.dtype).eps
+        values = values.sum(1)
+    return total(values) * (1 + error)
+
+
 def add(a: Rows, b: Rows, shape: tuple[int, ...]) -> Rows:
     """The sum of two sets of rows about the same images, on a layer of that shape."""
     if a.corner is None or b.corner is None:

@@ -82,9 +82,14 @@ class Run:
         dpls = self.recipe.get("dpls")
         if not isinstance(dpls, Mapping) or not dpls.get("scale"):
             return ""
+        earlier = len(dpls.get("sources") or ())
+        since = f"from {earlier} earlier run{'s' if earlier > 1 else ''}"
+        if not earlier:
+            since = f"of epochs {dpls.get('first', 0) + 1} to {dpls.get('warmup')}"
+        spread = "min-max" if dpls.get("min_max") else "strictly proportional"
         control = "" if dpls.get("control") == "none" else f", control: {dpls.get('control')}"
-        since = f"from {len(dpls['sources'])} runs" if dpls.get("sources") else f"after epoch {dpls.get('warmup')}"
-        return f"DPLS, reconstructed: {dpls.get('difficulty')} {since}, scale {dpls['scale']}{control}"
+        amount = f"{spread}, scale {dpls['scale']}, cap {dpls.get('cap')}{control}"
+        return f"DPLS, reconstructed: {dpls.get('difficulty')} {since}, {amount}"
 
 
 def read_run(folder: Path) -> Run:
