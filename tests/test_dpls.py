@@ -1,30 +1,38 @@
 """DPLS, as reconstructed, against its formulas; and that training with it loses and repeats nothing."""
 
+import multiprocessing
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 import redan
+from redan.attacks.base import Outcome
 from redan.attacks.pgd import PGD
+from redan.attacks.search import SearchModel
 from redan.data.registry import load_dataset
 from redan.data.types import Batch
 from redan.errors import Stopped, UserError
-from redan.methods.base import Adversary, Method
-from redan.methods.dpls import DPLS, DPLSConfig
+from redan.methods.base import Adversary, NetworkMethod
+from redan.methods.dpls import DPLS, Control, DPLSConfig
 from redan.methods.ibp import IBP
 from redan.methods.registry import METHODS, build_method
+from redan.methods.targets import LabelSmoothing, Targets
+from redan.methods.weight_averaging import WeightAveraging, WeightAveragingConfig
 from redan.methods.weight_perturbation import WeightPerturbation, WeightPerturbationConfig
 from redan.recipes.build import positions
-from redan.recipes.schema import Recipe, load_recipe
+from redan.recipes.schema import load_recipe
 from redan.run import build_targets, read_difficulty, read_method
 from redan.tensors import load_tensors, save_tensors
 from redan.threats import Linf
@@ -38,13 +46,17 @@ def logits(seed: int, n: int = N) -> Tensor:
     return 3 * torch.randn(n, CLASSES, generator=torch.Generator().manual_seed(seed))
 
 
-def shown(config: DPLSConfig, epochs: int, known: Tensor | None = None) -> DPLS:
-    """Targets that saw ``epochs`` epochs of all examples, in batches of 4; epoch e has the logits of seed e."""
-    targets = DPLS(config, LABELS, known=known, seed=3)
+def shown(config: DPLSConfig, epochs: int, rank: int = 0, world: int = 1) -> DPLS:
+    """Targets that saw ``epochs`` epochs of all examples, in batches of 4; epoch e has the logits of seed e.
+
+    Of several processes, each sees its own part of every batch.
+    """
+    targets = DPLS(config, LABELS, seed=3)
     for epoch in range(epochs):
         for part in torch.randperm(N, generator=torch.Generator().manual_seed(epoch)).split(4):
+            part = part[rank::world]
             targets.epoch = epoch + 0.5
-            batch = Batch(torch.zeros(4, 1, 1, 1), LABELS[part], part)
+            batch = Batch(torch.zeros(len(part), 1, 1, 1), LABELS[part], part)
             targets.observe(batch, -logits(epoch)[part], logits(epoch)[part])
     targets.epoch = float(epochs)
     return targets
@@ -127,39 +139,87 @@ def test_known_difficulties_are_used_from_the_first_step() -> None:
     known = torch.linspace(0, 1, N)
     known[5] = torch.nan
     known = 0.2 + 0.6 * known
-    targets = DPLS(DPLSConfig(sources=("elsewhere",), scale=0.5), LABELS, known=known)
+    targets = DPLS(DPLSConfig(sources="elsewhere", scale=0.5), LABELS, known=known)
     expected = torch.where(known.isnan(), known[~known.isnan()].mean(), known)
     torch.testing.assert_close(targets.amounts(), 0.5 * (expected - 0.2) / 0.6)
 
 
+KNOWN = torch.linspace(0.1, 0.8, N)
+
+
+def knowing() -> DPLS:
+    """Targets whose amounts are ``KNOWN``, another one for each example."""
+    return DPLS(DPLSConfig(sources=("elsewhere",), scale=1, min_max=False), LABELS, known=KNOWN)
+
+
+def test_with_known_difficulties_nothing_is_measured() -> None:
+    targets = knowing()
+    targets.epoch = 10.0  # between first and warmup
+    amounts = targets.amounts()
+    targets.observe(Batch(torch.zeros(N, 1, 1, 1), LABELS, torch.arange(N)), logits(0), logits(1))
+    assert not targets.seen.any() and not targets.total.any() and targets.amounts() is amounts
+
+
+def size(tensors: Iterable[Tensor]) -> float:
+    """Bytes an example."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors) / N
+
+
+@pytest.mark.parametrize(
+    ("control", "known", "kept", "held"), [("none", None, 8, 12), ("permuted", None, 8, 20), ("none", KNOWN, 12, 16)]
+)
+def test_it_takes_a_few_bytes_an_example(control: Control, known: Tensor | None, kept: int, held: int) -> None:
+    targets = DPLS(DPLSConfig(control=control), LABELS, known=known)
+    targets.epoch = 70.0
+    assert targets.amounts() is targets.amounts()  # one tensor, computed once
+    assert size(targets.state_dict().values()) == kept
+    assert size([*targets.buffers(), targets.amounts()]) == held
+    averaged = WeightAveraging(method("pgd-at", targets), WeightAveragingConfig())
+    assert size(tensor for name, tensor in averaged.state_dict().items() if "targets." in name) == 2 * kept
+
+
+def watch(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    save_tensors(folder / str(rank), shown(DPLSConfig(first=1, warmup=4), 5, rank, 2).state_dict())
+    dist.destroy_process_group()
+
+
+def test_two_processes_with_a_half_of_each_batch_learn_what_one_does(tmp_path: Path) -> None:
+    # Forked: to import everything anew would take most of the time.
+    processes = [multiprocessing.get_context("fork").Process(target=watch, args=(rank, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    alone = shown(DPLSConfig(first=1, warmup=4), 5).state_dict()
+    assert alone["seen"].tolist() == [3] * N
+    for rank in (0, 1):
+        found, _ = load_tensors(tmp_path / str(rank))
+        assert found.keys() == alone.keys() and all(torch.equal(found[key], alone[key]) for key in alone)
+
+
 # In methods.
 
-
-class Counting(nn.Sequential):
-    """Counts its forward passes."""
-
-    calls = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.calls += 1
-        for layer in self:
-            images = layer(images)
-        return images
+ATTACKING = [name for name, family in METHODS.items() if family.attacks and not family.purifies]
+# Forward passes of the network in a step's loss, apart from bounds: COLT's are at the attacked layer and one before.
+PASSES = {name: 2 if name in ("trades", "mart", "arat", "lbgat", "colt") else 1 for name in ATTACKING}
 
 
-def method(name: str, targets: DPLS) -> Method:
+def network(name: str) -> nn.Sequential:
+    """Tiny, with the same weights at each call; COLT takes no BatchNorm."""
     torch.manual_seed(0)
-    family = METHODS[name]
-    net = Counting(
-        nn.Conv2d(1, 3, 3),
-        *([] if name == "colt" else [nn.BatchNorm2d(3)]),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(12, CLASSES),
-    )
+    norm = [] if name == "colt" else [nn.BatchNorm2d(3)]
+    return nn.Sequential(nn.Conv2d(1, 3, 3), *norm, nn.ReLU(), nn.Flatten(), nn.Linear(12, CLASSES))
+
+
+def method(name: str, targets: Targets) -> NetworkMethod:
+    net, family = network(name), METHODS[name]
     attack = PGD(Linf(0.1), steps=1, objective=family.attack_objective, start=family.attack_start, drop_broken=False)
     own: dict[str, dict[str, Any]] = {
-        "arat": {"layers": ("1",)},
+        "arat": {"layers": ("1",), "predictor": False},
         "arrest": {"clean_epochs": 0},
         "colt": {"layers": ("input",)},
     }
@@ -172,30 +232,101 @@ def method(name: str, targets: DPLS) -> Method:
     )
     if name == "arrest":
         made.get_buffer("finetuning").fill_(True)
+    made.before_step(0.0, torch.Generator().manual_seed(0))
     return made
 
 
+def images(n: int, seed: int = 0) -> Tensor:
+    return torch.rand(n, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
 def batch() -> Batch:
-    draws = torch.Generator().manual_seed(0)
-    return Batch(torch.rand(N, 1, 4, 4, generator=draws), LABELS, torch.arange(N))
+    return Batch(images(N), LABELS, torch.arange(N))
+
+
+def by_hand(name: str, net: nn.Sequential, examples: Batch, adversarial: Tensor, rows: Tensor) -> Tensor:
+    """The papers' losses, their cross-entropies with targets ``rows`` where a method takes soft ones."""
+    attacked = net(adversarial)
+    if name == "pgd-at":
+        return F.cross_entropy(attacked, rows)
+    clean, y = net(examples.images), examples.labels[:, None]
+    if name == "arat":
+        z, z_adversarial = (net[:2](x).relu().mean((2, 3)) for x in (examples.images, adversarial))
+        distance = 1 - F.cosine_similarity(z_adversarial, z.detach()).mean()
+        return 0.3 * F.cross_entropy(attacked, rows) + 0.7 * F.cross_entropy(clean, rows) + 30 * distance
+    p, q = clean.softmax(1), attacked.softmax(1)
+    kl = (p * (p / q).log()).sum(1)
+    if name == "trades":
+        return F.cross_entropy(clean, rows) + 6 * kl.mean()
+    margin = -(1 - q.scatter(1, y, 0).amax(1)).log()
+    return F.cross_entropy(attacked, rows) + (margin + 5 * kl * (1 - p.gather(1, y).squeeze(1))).mean()
 
 
 @pytest.mark.parametrize("awp", [False, True])
-@pytest.mark.parametrize("name", [name for name, family in METHODS.items() if family.attacks and not family.purifies])
-def test_every_method_shows_each_example_once_a_step_without_a_pass_more(name: str, awp: bool) -> None:
-    passes = []
-    for config in (DPLSConfig(first=0, warmup=1), DPLSConfig(first=90, warmup=91)):
-        targets = DPLS(config, LABELS)
+@pytest.mark.parametrize("name", ["pgd-at", "trades", "mart", "arat"])
+def test_the_loss_takes_each_examples_own_amount(name: str, awp: bool) -> None:
+    chosen = torch.randperm(N, generator=torch.Generator().manual_seed(1))[:8]
+    examples, adversarial = Batch(images(8), LABELS[chosen], chosen), images(8, seed=1)
+    rows = (1 - KNOWN[chosen, None]) * torch.eye(CLASSES)[LABELS[chosen]] + KNOWN[chosen, None] / CLASSES
+    net = network(name)
+    if awp:  # one step up from each weight, of a fifth of its norm
+        weights = [p for p in net.parameters() if p.dim() > 1]
+        gradients = torch.autograd.grad(by_hand(name, net, examples, adversarial, rows), weights)
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.add_(0.2 * weight.norm() * gradient / gradient.norm())
+    trained = method(name, knowing())
+    if name == "arat":
+        trained.get_buffer("balance").fill_(0.3)
+    wrapped = WeightPerturbation(trained, WeightPerturbationConfig(gamma=0.2)) if awp else trained
+    expected = by_hand(name, net, examples, adversarial, rows)
+    torch.testing.assert_close(wrapped(examples, adversarial).loss, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ATTACKING)
+def test_the_attack_keeps_the_label(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+    real = PGD.run
+
+    def noting(attack: PGD, search: SearchModel, images: Tensor, labels: Tensor, draws: Generator | None) -> Outcome:
+        given.append(labels)
+        return real(attack, search, images, labels, draws)
+
+    monkeypatch.setattr(PGD, "run", noting)
+    soft, hard = (method(name, targets).perturb(batch()) for targets in (knowing(), LabelSmoothing()))
+    assert torch.equal(soft, hard)
+    assert all(labels.dtype == torch.int64 and torch.equal(labels, LABELS) for labels in given)
+    # COLT attacks behind a layer, by itself; these bounds need no attack.
+    assert len(given) == (0 if name in ("colt", "ibp", "crown-ibp") else 2)
+
+
+def passes_of(net: nn.Sequential) -> list[None]:
+    """Grows by one with each forward pass of the network, not with those of the copies that are attacked."""
+    passes: list[None] = []
+    head = net[-1]
+    head.register_forward_hook(lambda module, *_: passes.append(None) if module is head else None)
+    return passes
+
+
+@pytest.mark.parametrize("awp", [False, True])
+@pytest.mark.parametrize("name", ATTACKING)
+def test_every_method_shows_each_example_once_and_needs_no_pass_more(name: str, awp: bool) -> None:
+    measuring = DPLS(DPLSConfig(first=0, warmup=1), LABELS)
+    for targets in (LabelSmoothing(), LabelSmoothing(0.3), knowing(), measuring):
         trained = method(name, targets)
         wrapped = WeightPerturbation(trained, WeightPerturbationConfig()) if awp else trained
+        passes = passes_of(trained.network)  # type: ignore[arg-type]
         wrapped.before_step(0.0, torch.Generator().manual_seed(0))
         output = wrapped(batch())
-        passes.append(trained.network.calls)  # type: ignore[union-attr]
-        assert targets.seen.tolist() == [1 if config.first == 0 else 0] * N
-        if config.first == 0:
-            p = torch.softmax(output.adversarial_logits, 1)[torch.arange(N), LABELS]
-            torch.testing.assert_close(targets.difficulty(), 1 - p.detach())
-    assert passes[0] == passes[1]
+        assert len(passes) == PASSES[name] * (2 if awp else 1)
+    p = torch.softmax(output.adversarial_logits, 1)[torch.arange(N), LABELS]
+    torch.testing.assert_close(measuring.difficulty(), 1 - p.detach())
+    # When the warm-up is over they are not shown any more, and their labels are soft.
+    passes.clear()
+    wrapped.before_step(1.0, torch.Generator().manual_seed(0))
+    wrapped(batch())
+    assert len(passes) == PASSES[name] * (2 if awp else 1)
+    assert measuring.seen.tolist() == [1] * N and measuring.amounts().amax() > 0
 
 
 def test_re_estimated_statistics_show_nothing() -> None:
@@ -226,10 +357,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("dpls") / "run")
 
 
+@pytest.fixture(scope="module")
+def pre_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two that measure difficulty, each on 1200 of the 1660 images, as its seed chose them."""
+    folder = tmp_path_factory.mktemp("pre-runs")
+    changes = {"data.train_samples": 1200, "epochs": 2, "dpls.scale": 0.0}
+    return [trained(folder / str(seed), seed=seed, **changes) for seed in (0, 1)]
+
+
 @pytest.mark.parametrize("stop", [(1, 2), (3, 1)])
+@pytest.mark.parametrize("changes", [{}, {"dpls.control": "permuted"}, {"weight_perturbation": {"gamma": 0.01}}])
 def test_a_resumed_run_comes_to_the_same_weights(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[int, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[int, int], changes: dict[str, Any]
 ) -> None:
+    trained(tmp_path / "whole", **changes)
     real = trainer._Training._train_step
 
     def stopping(self: Any, *args: Any) -> None:
@@ -239,10 +380,10 @@ def test_a_resumed_run_comes_to_the_same_weights(
     with monkeypatch.context() as context:
         context.setattr(trainer._Training, "_train_step", stopping)
         with pytest.raises(Stopped):
-            trained(tmp_path / "parts")
+            trained(tmp_path / "parts", **changes)
     redan.train(tmp_path / "parts", tmp_path / "parts", resume=True, progress=False)
     for name in ("model-last.safetensors", "checkpoint/state.safetensors"):
-        first, second = (load_file(folder / name) for folder in (run, tmp_path / "parts"))
+        first, second = (load_file(folder / name) for folder in (tmp_path / "whole", tmp_path / "parts"))
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -304,17 +445,22 @@ def test_difficulty_of_a_run_lies_where_its_images_lie(run: Path) -> None:
     assert found[others].isnan().all()
 
 
-def test_a_pre_run_with_other_images_gives_what_it_knows(run: Path, tmp_path: Path) -> None:
-    dataset = load_dataset("digits", None)
-    base = load_recipe("pgd-at-digits", TINY | {"seed": 5, "dpls": {"sources": [str(run)], "scale": 1.0}})
-    targets = build_targets(base, dataset)
+UNKNOWN = "training images are known to none of dpls.sources"
+
+
+def test_a_pre_run_with_other_images_gives_what_it_knows(pre_runs: list[Path], tmp_path: Path) -> None:
+    dataset, pre = load_dataset("digits", None), pre_runs[0]
+    base = load_recipe("pgd-at-digits", TINY | {"seed": 5, "dpls": {"sources": [str(pre)], "scale": 1.0}})
+    with pytest.warns(UserWarning, match=UNKNOWN):
+        targets = build_targets(base, dataset)
     assert isinstance(targets, DPLS)
     chosen, _ = positions(base, dataset)
-    known = read_difficulty(run, dataset)[chosen]
-    assert 0 < known.isnan().sum() < len(chosen)  # another seed holds out others
+    known = read_difficulty(pre, dataset)[chosen]
+    assert 0 < known.isnan().sum() < len(chosen)  # another seed chooses others
     expected = torch.where(known.isnan(), known[~known.isnan()].mean(), known)
     torch.testing.assert_close(targets.difficulty(), expected)
-    finished = trained(tmp_path / "second", **{"seed": 5, "dpls": {"sources": [str(run)]}})
+    with pytest.warns(UserWarning, match=UNKNOWN):
+        finished = trained(tmp_path / "second", **{"seed": 5, "dpls": {"sources": [str(pre)]}})
     plain = trained(tmp_path / "plain", seed=5, dpls=None)
     assert (finished / "model-last.safetensors").read_bytes() != (plain / "model-last.safetensors").read_bytes()
     # What was read at the beginning is kept: neither a resume nor an analysis needs the pre-run again.
@@ -324,6 +470,30 @@ def test_a_pre_run_with_other_images_gives_what_it_knows(run: Path, tmp_path: Pa
     begun.load_state_dict({"known": kept, "total": torch.zeros(300), "seen": torch.zeros(300, dtype=torch.int32)})
     anew = DPLS(begun.config, torch.zeros(300, dtype=torch.int64), known=known)
     torch.testing.assert_close(begun.amounts(), anew.amounts())
+
+
+def test_the_difficulties_of_several_pre_runs_are_averaged(pre_runs: list[Path]) -> None:
+    dataset = load_dataset("digits", None)
+    base = load_recipe("pgd-at-digits", TINY | {"seed": 5, "dpls": {"sources": [str(pre) for pre in pre_runs]}})
+    with pytest.warns(UserWarning, match=UNKNOWN):
+        targets = build_targets(base, dataset)
+    assert isinstance(targets, DPLS)
+    found = torch.stack([read_difficulty(pre, dataset) for pre in pre_runs])
+    chosen, _ = positions(base, dataset)
+    each = [[float(d) for d in column if not d.isnan()] for column in found.T[chosen]]
+    assert {len(values) for values in each} == {0, 1, 2}  # each seed chose images of its own
+    mean = [sum(values) / len(values) if values else np.nan for values in each]
+    np.testing.assert_allclose(targets.difficulty(unknown=torch.nan), mean, rtol=1e-6)
+
+
+def test_a_pre_run_may_have_measured_clean_images_for_a_method_that_sees_none(tmp_path: Path) -> None:
+    clean = {"first": 0, "warmup": 2, "scale": 0.0, "difficulty": "clean-confidence"}
+    pre = trained(tmp_path / "pre", **{"method": "trades", "epochs": 2, "dpls": clean})
+    asked = {"epochs": 1, "dpls": {"difficulty": "clean-confidence", "sources": [str(pre)]}}
+    state = load_file(pre / "checkpoint" / "state.safetensors")
+    measured = state["method/targets.total"] / state["method/targets.seen"]
+    finished = load_file(trained(tmp_path / "second", **asked) / "checkpoint" / "state.safetensors")
+    assert torch.equal(finished["method/targets.known"], measured)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +532,9 @@ def test_a_source_that_is_none_is_named(tmp_path: Path, run: Path) -> None:
     ranked = load_recipe("pgd-at-digits", {"dpls": {"sources": [str(run)], "difficulty": "loss-rank"}})
     with pytest.raises(UserError, match="measured confidence, and loss-rank is asked for"):
         build_targets(ranked, dataset)
+    few = load_recipe("pgd-at-digits", TINY | {"seed": 5, "dpls": {"sources": [str(run)]}})
+    with pytest.raises(UserError, match=r"dpls.sources know \d+ of the 300 images"):
+        build_targets(few, dataset)
     plain = trained(tmp_path / "plain", dpls=None, epochs=1)
     with pytest.raises(UserError, match="did not measure difficulty; train it with -o dpls.scale=0"):
         read_difficulty(plain, dataset)
-    assert isinstance(build_targets(Recipe.model_validate(load_recipe(run).resolved()), dataset), DPLS)

@@ -25,7 +25,7 @@ from redan.data.types import Batch
 from redan.errors import Stopped, UserError
 from redan.methods.base import NetworkMethod
 from redan.recipes.build import positions, split
-from redan.run import load, read_difficulty
+from redan.run import STATE, load, read_difficulty
 from redan.seeds import generator
 from redan.tensors import load_tensors, save_tensors
 from redan.threats import Linf
@@ -215,10 +215,23 @@ def test_correlations_are_spearmans(run: Path) -> None:
     record, _ = load_tensors(run / EXAMPLES)
     confidence = np.nanmean(record["adversarial"].double().numpy(), 0)
     loss = np.nanmean(-np.log(record["adversarial"].double().numpy()), 0)
-    measures = [1 - confidence, loss, tensors["difficulty"][:, 0].numpy(), tensors["difficulty"][:, 3].numpy()]
-    assert found.correlations.names == ("mean confidence", "mean loss", "clean", "attacked")
-    for row, mine in zip(found.correlations.spearman, measures, strict=True):
-        assert row == pytest.approx([spearmanr(mine, other).statistic for other in measures], abs=1e-3)
+    last = 1 - record["adversarial"][4].double().numpy()
+    measures = [1 - confidence, loss, last, tensors["difficulty"][:, 0].numpy(), tensors["difficulty"][:, 3].numpy()]
+    assert found.correlations.names == (
+        "mean adversarial confidence, epochs 1-5",
+        "mean adversarial loss, epochs 1-5",
+        "adversarial confidence, epoch 5",
+        "clean, last weights",
+        "PGD-10 linf:0.15, last weights",
+    )
+    for row, counts, mine in zip(found.correlations.spearman, found.correlations.examples, measures, strict=True):
+        known = [~np.isnan(mine) & ~np.isnan(other) for other in measures]
+        assert list(counts) == [both.sum() for both in known]
+        expected = [spearmanr(mine[both], other[both]).statistic for both, other in zip(known, measures, strict=True)]
+        assert row == pytest.approx(expected, abs=1e-3)
+    # The last epoch left 30 out, and it alone.
+    assert [counts[2] for counts in found.correlations.examples] == [200] * 5
+    assert [counts[0] for counts in found.correlations.examples] == [230, 230, 200, 230, 230]
 
 
 def test_a_correlation_is_of_what_both_know() -> None:
@@ -231,6 +244,45 @@ def test_a_correlation_is_of_what_both_know() -> None:
     assert table.spearman[0] == pytest.approx([1, 1 - 6 * 2 / (4 * 15), None, None])
     assert table.spearman[1] == pytest.approx([0.8, 1, None, 1])
     assert table.spearman[2] == (None,) * 4
+    assert table.examples == ((4, 4, 4, 1), (4, 5, 5, 2), (4, 5, 5, 2), (1, 2, 2, 2))
+
+
+def test_epochs_are_those_that_dpls_counts(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", dpls={"difficulty": "loss-rank", "first": 1, "warmup": 3, "scale": 0.0})
+    found, tensors = study(run)
+    assert found.correlations.names[:4] == (
+        "DPLS (loss-rank, epochs 2-3)",
+        "mean adversarial confidence, epochs 2-3",
+        "mean adversarial loss, epochs 2-3",
+        "adversarial confidence, epoch 3",
+    )
+    record = load_tensors(run / EXAMPLES)[0]["adversarial"].double().numpy()
+    known = ~np.isnan(record[1:3]).all(0)
+    both = ~np.isnan(record[2])
+    assert [row[0] for row in found.correlations.examples[:4]] == [known.sum()] * 3 + [both.sum()]
+    own = tensors["training"].numpy()
+    assert found.correlations.spearman[0][1:4] == pytest.approx(
+        [
+            spearmanr(own[known], 1 - np.nanmean(record[1:3][:, known], 0)).statistic,
+            1,  # the rank of the mean loss is what DPLS measured
+            spearmanr(own[both], 1 - record[2, both]).statistic,
+        ],
+        abs=1e-3,
+    )
+    tensors, _ = load_tensors(run / EXAMPLES)
+    save_tensors(run / EXAMPLES, {k: v if k == "positions" else v[:1] for k, v in tensors.items()})
+    early = study(run, samples=10)[0]
+    assert any("needs an epoch after dpls.first" in line for line in early.missing)
+    assert not any("mean adversarial" in name for name in early.correlations.names)
+
+
+def test_a_record_of_clean_images_is_called_so(tmp_path: Path) -> None:
+    found, _ = study(trained(tmp_path / "run", "standard-digits"), samples=10)
+    assert found.correlations.names[:3] == (
+        "mean clean confidence, epochs 1-4",
+        "mean clean loss, epochs 1-4",
+        "clean confidence, epoch 4",
+    )
 
 
 def copied(run: Path, folder: Path) -> Path:
@@ -328,14 +380,56 @@ def test_runs_are_compared_on_what_they_share(run: Path, tmp_path: Path) -> None
         assert (point.run, point.radius) == (name, radius)
         assert point.hardest == pytest.approx(own[tenth[-1]].mean(), rel=1e-4)
         assert point.easiest == pytest.approx(own[tenth[0]].mean(), rel=1e-4)
-    # Without DPLS a run's own difficulty is that of PGD within its radius on its last weights.
-    assert found.against == ("half",) and found.correlations.names[-1] == "run half"
-    theirs_found, tensors = study(other)
+    # Without DPLS a run's own difficulty is that of its last weights under the same attack.
+    assert found.against == ("half",)
+    assert found.correlations.names[-1] == "run half: PGD-10 linf:0.15, last weights"
+    theirs_found, tensors = study(other, radii=[0.15])
     at, there = (torch.searchsorted(where, shared) for where in (mine, theirs))
     hard = load_tensors((run / DIFFICULTY).with_suffix(".safetensors"))[0]["difficulty"][at, 3]
-    expected = spearmanr(hard, tensors["difficulty"][there, 3]).statistic
+    expected = spearmanr(hard, tensors["difficulty"][there, 0]).statistic
     assert theirs_found.run == "half"
-    assert found.correlations.spearman[3][-1] == pytest.approx(expected, abs=0.02)  # of other random starts
+    assert found.correlations.spearman[4][-1] == pytest.approx(expected, abs=0.02)  # of other random starts
+    assert found.correlations.examples[4][-1] == len(shared) < found.correlations.examples[4][4] == 230
+
+
+def test_the_mean_of_runs_is_of_those_that_know_an_example(run: Path, tmp_path: Path) -> None:
+    plain: dict[str, Any] = {"monitor": None, "epochs": 1, "data.train_samples": 600}
+    others = [trained(tmp_path / f"seed{seed}", seed=seed, **plain) for seed in (1, 2)]
+    found, tensors = study(run, against=others, radii=[0])
+    where, images, labels = examples(run)
+    rows = []
+    for other in others:
+        confidence = load(other, "last")(images).softmax(1)[torch.arange(230), labels].detach()
+        rows.append((1 - confidence).where(torch.isin(where, examples(other)[0]), torch.nan).numpy())
+    known = ~np.isnan(rows).all(0)
+    both = ~np.isnan(rows).any(0)
+    assert 0 < both.sum() < known.sum() < 230
+    assert found.correlations.names[-3:] == (
+        "run seed1: clean, last weights",
+        "run seed2: clean, last weights",
+        "mean of 2 runs: clean, last weights",
+    )
+    assert found.correlations.examples[-1][-1] == known.sum() and found.correlations.examples[-2][-3] == both.sum()
+    expected = spearmanr(np.nanmean(np.stack(rows)[:, known], 0), tensors["difficulty"][:, 0].numpy()[known]).statistic
+    assert found.correlations.spearman[-1][-4] == pytest.approx(expected, abs=1e-4)
+
+    unlike = trained(tmp_path / "dpls", **plain, dpls={"first": 0, "warmup": 9, "scale": 0.0})
+    found = study(run, against=[others[0], unlike], samples=10)[0]
+    assert found.correlations.names[-2:] == (
+        "run seed1: PGD-10 linf:0.15, last weights",
+        "run dpls: DPLS (confidence, epoch 1)",
+    )
+    assert "the mean of the runs compared with needs them to measure alike" in found.missing
+
+
+def test_radii_may_be_named(run: Path) -> None:
+    default = study(run, samples=40)[1]["difficulty"]
+    found, tensors = study(run, samples=40, radii=[0.15, 0.3, 0])
+    assert [point.radius for point in found.growth.points] == [0, 0.15, 0.3]
+    assert torch.equal(tensors["difficulty"][:, :2], default[:, [0, 3]])
+    assert found.growth.points[2].mean > found.growth.points[1].mean
+    assert found.correlations.names[-2:] == ("clean, last weights", "PGD-10 linf:0.3, last weights")
+    assert study(run, samples=10, radii=[0.1])[0].correlations.names[-1] == "PGD-10 linf:0.1, last weights"
 
 
 def test_without_records_runs_are_compared_by_their_last_weights(run: Path, tmp_path: Path) -> None:
@@ -354,15 +448,27 @@ def test_a_run_with_dpls_has_measured_its_own(tmp_path: Path) -> None:
     options = {"dpls": {"first": 1, "warmup": 3, "scale": 0.0}, "monitor": None}
     run = trained(tmp_path / "run", **options)
     found, tensors = study(run, samples=100)
-    assert found.correlations.names == ("in training (DPLS)", "clean", "attacked")
+    assert found.correlations.names == (
+        "DPLS (confidence, epochs 2-3)",
+        "clean, last weights",
+        "PGD-10 linf:0.15, last weights",
+    )
     own = read_difficulty(run, load_dataset("digits"))[tensors["positions"]]
     torch.testing.assert_close(tensors["training"], own, equal_nan=True)
     known = ~own.isnan()
     expected = spearmanr(own[known], tensors["difficulty"][known, 0]).statistic
     assert found.correlations.spearman[0][1] == pytest.approx(expected)
     assert found.memorisation is None and any("monitor.examples=true" in line for line in found.missing)
-    borrowed = trained(tmp_path / "borrowed", dpls={"sources": [str(run)]}, monitor=None, epochs=1)
-    assert "in training (DPLS)" not in study(borrowed, samples=10)[0].correlations.names
+    stopped = copied(run, tmp_path / "stopped")
+    state, place = load_tensors(stopped / STATE)
+    save_tensors(stopped / STATE, state, place | {"epoch": 1, "step": 1})
+    with pytest.warns(UserWarning, match="is in its warm-up"):
+        assert study(stopped, samples=10)[0].correlations.names[0] == "DPLS (confidence, epoch 2)"
+    with pytest.warns(UserWarning, match="known to none of dpls.sources"):
+        borrowed = trained(tmp_path / "borrowed", dpls={"sources": [str(run)]}, epochs=1)
+    found, _ = study(borrowed, samples=10)
+    assert found.correlations.names[0] == "mean adversarial confidence, epoch 1"  # all it has: it counts none itself
+    assert not any("DPLS" in name for name in found.correlations.names)
 
 
 def test_what_is_missing_is_said(run: Path, found: Difficulty, tmp_path: Path) -> None:
@@ -392,19 +498,53 @@ def test_the_command_prints_tables_or_one_document(run: Path) -> None:
     arguments = ["analyse", str(run), "--difficulty", "--samples", "30"]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.stderr
-    for text in ("hardest decile", "4 attacked", "decile 10", "-o dpls.scale=0", "difficulty.json"):
+    for text in ("hardest decile", "4 clean, last weights", "decile 10", "-o dpls.scale=0", "difficulty.json"):
         assert text in shown.stdout
+    # The last epoch did not see all 30, so that there are counts for each two measures.
+    seen = int((~load_tensors(run / EXAMPLES)[0]["adversarial"][4, :30].isnan()).sum())
+    known = shown.stdout[shown.stdout.index("images that both know") :].splitlines()
+    assert seen < 30 and known[3].split() == ["3", *[str(seen)] * 5]
+    assert known[1].split() == ["1", "30", "30", str(seen), "30", "30"]
     document = json.loads(CliRunner().invoke(app, [*arguments, "--json", "--against", str(run)]).stdout)
     assert document["samples"] == 30 and len(document["growth"]["points"]) == 4
-    assert document["correlations"]["names"][-1] == f"run {run}"  # of the same folder name: told apart by the path
-    refused = CliRunner().invoke(app, ["analyse", str(run), "--against", str(run)])
-    assert refused.exit_code == 2 and "--against goes with --difficulty" in refused.stderr
+    # Of the same folder name, they are told apart by the path.
+    assert document["correlations"]["names"][-1].startswith(f"run {run}: ")
+    radii = json.loads(CliRunner().invoke(app, [*arguments, "--json", "--radii", "0, 8/255"]).stdout)
+    assert [point["radius"] for point in radii["growth"]["points"]] == [0, 8 / 255]
+
+
+def test_one_number_of_images_is_said_once(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", "standard-digits", **{"monitor": None, "epochs": 1})
+    shown = CliRunner().invoke(app, ["analyse", str(run), "--difficulty", "--samples", "30"])
+    rows = [line.split() for line in shown.stdout.splitlines()]
+    assert ["1", "clean,", "last", "weights", "30"] in rows and "both know" not in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--against other", "--against goes with --difficulty"),
+        ("--radii 0.1", "--radii goes with --difficulty"),
+        ("--difficulty --batches 20", "--batches is of gradients, which --difficulty does not look at"),
+        ("--difficulty --radii 0,wide", "'wide' is not a number such as 0.5 or 8/255"),
+        ("--difficulty --radii=0,-0.1", "a threat's radius is a number of at least 0, got -0.1"),
+    ],
+)
+def test_options_that_do_not_go_together_end_in_one_line(run: Path, arguments: str, message: str) -> None:
+    refused = CliRunner().invoke(app, ["analyse", str(run), *arguments.split()])
+    assert refused.exit_code == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_python_users_have_the_study_too() -> None:
+    assert redan.study_difficulty is study_difficulty and "study_difficulty" in redan.__all__
 
 
 def test_mistakes_end_in_one_line(run: Path, tmp_path: Path) -> None:
     for samples in (9, 231):
         with pytest.raises(UserError, match=f"--samples is from 10 to 230, .*; got {samples}"):
             study_difficulty(run, samples=samples, progress=False)
+    with pytest.raises(UserError, match="radii is a list of at least one radius"):
+        study_difficulty(run, radii=[], progress=False)
     with pytest.raises(UserError, match="no run folder"):
         study_difficulty(run, against=[tmp_path / "nothing"], progress=False)
     elsewhere = copied(run, tmp_path / "elsewhere")

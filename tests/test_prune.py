@@ -185,6 +185,28 @@ def test_equally_hard_images_are_taken_in_their_order(make_run: MakeRun, tmp_pat
     assert chosen(path) == list(range(7))
 
 
+# Difficulties for another run.
+
+
+def test_sources_that_know_too_little_are_refused(make_run: MakeRun) -> None:
+    def known(count: int) -> Tensor:
+        source = make_run(np.where(np.arange(SIZE) < count, DIFFICULTY, np.nan))
+        asked = recipe(**{"data.validation_samples": 0, "dpls.sources": [str(source)]})
+        targets = build_targets(asked, DIGITS)
+        assert isinstance(targets, DPLS)
+        return targets.difficulty()
+
+    expected = torch.tensor(DIFFICULTY, dtype=torch.float32)
+    torch.testing.assert_close(known(SIZE), expected)  # and nothing is said
+    half = SIZE // 2 + 1  # of an odd number
+    with pytest.warns(UserWarning, match=f"^{SIZE - half} of {SIZE} training images are known to none of dpls.sources"):
+        found = known(half)
+    torch.testing.assert_close(found[:half], expected[:half])
+    torch.testing.assert_close(found[half:], expected[:half].mean().expand(SIZE - half))
+    with pytest.raises(UserError, match=f"know {half - 1} of the {SIZE} images .* same data.indices or the same seed"):
+        known(half - 1)
+
+
 # What training makes of a file.
 
 
@@ -421,8 +443,18 @@ def test_help_shows_both_commands() -> None:
     for words in (("--help",), ("data", "--help")):
         assert "data prune" in " ".join(command(*words).stdout.split())
     own = command("data", "prune", "--help").stdout
-    assert "data prune [OPTIONS]" in own and all(f"--{name}" in own for name in ("keep", "drop-hardest", "global"))
+    assert "data prune [OPTIONS] {RUN}..." in own
+    assert all(f"--{name}" in own for name in ("keep", "drop-hardest", "global"))
     assert "NAME" in command("data", "--help").stdout.upper()
+
+
+def test_the_examples_of_the_help_are_commands(run: Path) -> None:
+    lines = [line.split() for line in command("data", "prune", "--help").stdout.splitlines()]
+    shown = [words for words in lines if words[:3] == ["redan", "data", "prune"]]
+    assert len(shown) == 3
+    for words in shown:  # digits are too few for the paper's sizes, which is seen after all else is in order
+        done = command(*(run if word == "RUN" else word for word in words[1:]))
+        assert done.exit_code == 2 and "images of known difficulty are left" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from redan.analysis.analyse import analyse
+    from redan.analysis.hard_examples import study_difficulty
     from redan.demonstration import demo
     from redan.errors import DataError, Stopped, UserError
     from redan.evaluation.certify import certify
@@ -37,6 +38,7 @@ __all__ = [
     "prune",
     "report",
     "search",
+    "study_difficulty",
     "sweep",
     "train",
 ]
@@ -60,6 +62,7 @@ _HOMES = {
     "prune": ("redan.pruning", "prune"),
     "report": ("redan.reporting", "write_report"),
     "search": ("redan.sweeping.search", "search"),
+    "study_difficulty": ("redan.analysis.hard_examples", "study_difficulty"),
     "sweep": ("redan.sweeping.grid", "sweep"),
     "train": ("redan.training.trainer", "train"),
 }

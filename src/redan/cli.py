@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, cast
@@ -393,29 +393,53 @@ def export(
 def analyse(
     run: Annotated[Path, typer.Argument(help="A run folder, with its checkpoint.")],
     difficulty: Annotated[
-        bool, typer.Option("--difficulty", help="Study which training images are hard, instead of the networks.")
+        bool,
+        typer.Option(
+            "--difficulty",
+            help="Study which training images are hard, instead of the networks: print how difficulty, 1 - p of the "
+            "label, grows over 0, 1/4, 1/2 and all of the threat's radius (see --radii) for the easiest and the "
+            "hardest tenth, how its definitions and runs correlate, and how each tenth is fitted when the learning "
+            "rate drops. Writes RUN/difficulty.json and .safetensors, with the hardest and easiest images of the "
+            "first 10 classes for redan report.",
+        ),
     ] = False,
     against: Annotated[
         list[Path] | None,
         typer.Option("--against", metavar="RUN", help="With --difficulty: compare with this run, too; again for more."),
     ] = None,
+    radii: Annotated[
+        str | None,
+        typer.Option("--radii", help="With --difficulty: at these, comma-separated, such as 0,2/255,4/255,8/255."),
+    ] = None,
     samples: Annotated[
         int | None,
-        typer.Option("--samples", help="The first N test images, of --difficulty training images; all if not given."),
+        typer.Option(
+            "--samples",
+            help="How many images, the first N: of the test set; with --difficulty, of the training images. All if not "
+            "given.",
+        ),
     ] = None,
-    batches: Annotated[int, typer.Option("--batches", help="Training batches whose gradients are compared.")] = 20,
+    batches: Annotated[
+        int | None,
+        typer.Option("--batches", help="Training batches whose gradients are compared; 20 if not given."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the batches and attacks.")] = 0,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """Look inside a run: gradient conflict, invariance of features, branches of BatchNorm; or its hard examples."""
     if difficulty:
-        _study_difficulty(run, against or [], samples, seed, data_dir, as_json)
+        if batches is not None:
+            raise UserError("--batches is of gradients, which --difficulty does not look at: leave one of them out")
+        _study_difficulty(run, against or [], _numbers(radii), samples, seed, data_dir, as_json)
         return
     if against:
         raise UserError("--against goes with --difficulty: it compares which training images runs find hard")
+    if radii is not None:
+        raise UserError("--radii goes with --difficulty: it says how far the attack on training images may go")
     from redan.analysis.analyse import analyse as run_analysis
 
+    batches = 20 if batches is None else batches
     result = run_analysis(run, samples=samples, batches=batches, seed=seed, data_dir=data_dir)
     if as_json:
         print(result.model_dump_json())
@@ -437,11 +461,17 @@ def analyse(
 
 
 def _study_difficulty(
-    run: Path, against: list[Path], samples: int | None, seed: int, data_dir: Path | None, as_json: bool
+    run: Path,
+    against: list[Path],
+    radii: list[float] | None,
+    samples: int | None,
+    seed: int,
+    data_dir: Path | None,
+    as_json: bool,
 ) -> None:
     from redan.analysis.hard_examples import study_difficulty
 
-    result = study_difficulty(run, against=against, samples=samples, seed=seed, data_dir=data_dir)
+    result = study_difficulty(run, against=against, radii=radii, samples=samples, seed=seed, data_dir=data_dir)
     if as_json:
         print(result.model_dump_json())
         return
@@ -453,12 +483,12 @@ def _study_difficulty(
             ]
             console.print(f"{growth.measure}, of {growth.examples} training images:", soft_wrap=True)
             _print_table(("run", title, "easiest decile", "hardest decile", "all"), rows)
-    names, table = result.correlations.names, result.correlations.spearman
-    rows = [
-        [f"{i} {name}", *("-" if value is None else f"{value:.3f}" for value in row)]
-        for i, (name, row) in enumerate(zip(names, table, strict=True), 1)
-    ]
-    _print_table(("Spearman correlation", *(str(i) for i in range(1, len(names) + 1))), rows)
+    names, known = result.correlations.names, result.correlations.examples
+    rows = [[f"{i} {name}", str(known[i - 1][i - 1])] for i, name in enumerate(names, 1)]
+    _print_table(("measure of difficulty", "images"), rows)
+    _print_pairs("Spearman correlation", result.correlations.spearman, "{:.3f}")
+    if len({number for row in known for number in row}) > 1:
+        _print_pairs("images that both know", known, "{}")
     if result.memorisation is not None:
         found = result.memorisation
         rows = [[it.group, str(it.examples), *map(_percent, (it.before, it.after, it.jump))] for it in found.groups]
@@ -468,6 +498,14 @@ def _study_difficulty(
     console.print(f"Kept: {run / 'difficulty.json'}", soft_wrap=True, markup=False)
 
 
+def _print_pairs(title: str, table: Sequence[Sequence[float | None]], form: str) -> None:
+    """A number for each with each, by their own numbers; ``form`` is its format."""
+    rows = [
+        [str(i), *("-" if value is None else form.format(value) for value in row)] for i, row in enumerate(table, 1)
+    ]
+    _print_table((title, *(str(i) for i in range(1, len(table) + 1))), rows)
+
+
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
 
@@ -475,7 +513,7 @@ def _percent(share: float | None) -> str:
 @app.command()
 @_mannerly
 def sweep(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipes, as redan train takes them.")],
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE", help="Recipes, as redan train takes them.")],
     override: Overrides = None,
     grid: Annotated[
         list[str] | None,
@@ -600,7 +638,7 @@ def _search(
 @app.command()
 @_mannerly
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders.")],
     out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
@@ -675,7 +713,10 @@ def data(
 @_mannerly
 def prune(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Runs with DPLS, whose difficulties are averaged.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN", help="Runs with a dpls block (scale: 0 will do), whose difficulties are averaged."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The index file to write, for data.indices of a recipe.")],
     keep: Annotated[str | None, typer.Option("--keep", help="Which images: hard, easy or random.")] = None,
@@ -693,7 +734,15 @@ def prune(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Choose training images by how hard runs found them, and write an index file."""
+    """Choose training images by how hard runs found them, and write an index file.
+
+    The 10,000 hardest, the 10,000 easiest, and 5,000 hard with 5,000 random ones:
+
+    \b
+    redan data prune RUN --keep hard --count 10000 --out hard.json
+    redan data prune RUN --keep easy --count 10000 --out easy.json
+    redan data prune RUN --keep hard --count 5000 --plus random:5000 --out mixed.json
+    """  # noqa: D301 (the backslash tells click to leave these lines as they are)
     from redan.pruning import prune as run_prune
 
     path = run_prune(

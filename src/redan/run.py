@@ -149,7 +149,7 @@ def build_targets(recipe: Recipe, dataset: Dataset, *, begun: bool = False) -> T
         begun: whether its state comes from a checkpoint, so that the runs it took difficulties from are not needed.
 
     Raises:
-        UserError: where a run that it takes difficulties from is none, or knows none of its images.
+        UserError: where a run that it takes difficulties from is none, or they know less than half of its images.
     """
     if recipe.dpls is None:
         return LabelSmoothing(recipe.label_smoothing)
@@ -161,8 +161,18 @@ def build_targets(recipe: Recipe, dataset: Dataset, *, begun: bool = False) -> T
         measure = recipe.dpls.difficulty
         found = [read_difficulty(source, dataset, measure=measure) for source in recipe.dpls.sources]
         known = torch.stack(found).nanmean(0)[chosen]
-        if known.isnan().all():
-            raise UserError("the runs of dpls.sources know none of the images that this recipe trains on")
+        unknown = int(known.isnan().sum())
+        if 2 * unknown > len(known):
+            raise UserError(
+                f"dpls.sources know {len(known) - unknown} of the {len(known)} images that this recipe trains on; "
+                "train them and it on the same images, by the same data.indices or the same seed"
+            )
+        if unknown:
+            warnings.warn(
+                f"{unknown} of {len(known)} training images are known to none of dpls.sources and count as hard as the "
+                "mean of the others",
+                stacklevel=2,
+            )
     return DPLS(recipe.dpls, training_labels(recipe, dataset, chosen), known=known, seed=recipe.seed)
 
 

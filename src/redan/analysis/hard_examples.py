@@ -36,10 +36,11 @@ from redan.data.registry import load_dataset
 from redan.data.types import Dataset, ImageSet
 from redan.errors import UserError
 from redan.methods.base import Phase
+from redan.methods.dpls import DPLSConfig
 from redan.methods.registry import METHODS
 from redan.recipes.build import build, image_size, positions, split
 from redan.recipes.schema import Recipe
-from redan.run import read_difficulty, read_facts, read_run
+from redan.run import STATE, read_difficulty, read_facts, read_run
 from redan.seeds import generator
 from redan.tensors import load_tensors, save_tensors
 from redan.threats import LpBall
@@ -47,9 +48,9 @@ from redan.training.monitor import EXAMPLES
 from redan.version import __version__
 
 STEPS = 10  # of the PGD that measures difficulty
-SHARES = (0.0, 0.25, 0.5, 1.0)  # of the run's radius
+SHARES = (0.0, 0.25, 0.5, 1.0)  # of the run's radius, where no radii are asked for
 DECILES = 10
-GALLERY_CLASSES, GALLERY_IMAGES = 10, 3  # so many hardest and easiest of each class
+GALLERY_CLASSES, GALLERY_IMAGES = 10, 3  # the first so many classes; so many hardest and easiest of each
 PART = 250  # images at a time
 LEAST = 2.0**-24  # of float16, in which a record keeps confidences
 
@@ -101,10 +102,18 @@ class _Record:
     correct: Tensor
 
 
+class _Measured(NamedTuple):
+    """What a measure, in words, says of examples: difficulties ``(n,)``, NaN where it does not know one."""
+
+    measure: str
+    values: Tensor
+
+
 def study_difficulty(
     run: str | Path,
     *,
     against: Sequence[str | Path] = (),
+    radii: Sequence[float] | None = None,
     samples: int | None = None,
     seed: int = 0,
     data_dir: str | Path | None = None,
@@ -114,11 +123,20 @@ def study_difficulty(
 
     The second file holds ``positions`` int64 ``(n,)`` of the examples in the data set's training images, their
     ``difficulty`` float32 ``(n, radii)``, ``training`` float32 ``(n,)``, what the run itself measured (of DPLS alone),
-    and ``images`` uint8 ``(k, c, h, w)``, row by row those of the gallery.
+    and ``images`` uint8 ``(k, c, h, w)``, row by row those of the gallery: the three hardest and the three easiest of
+    each of the first ten classes.
+
+    The measures that are correlated: what DPLS measured in the run; of its record of examples the mean confidence and
+    the mean loss (whose rank is DPLS's ``loss-rank``) over the epochs that DPLS counts, all epochs in a run without,
+    and the confidence in the last of these alone; the last weights at the least and the greatest of the radii; in each
+    further run what DPLS measured there, or else its last weights at that greatest radius; and the mean of two or more
+    further runs that measured alike, of an example over those that know it. Confidence stands for 1 - p_y.
 
     Args:
         run: a run folder; its last weights are studied.
         against: further runs on the same data, to compare with on the examples that they share, labels included.
+        radii: of the attack, in the norm of the run's threat and in pixels of [0, 1], in any order; 0 is no attack.
+            0, 1/4, 1/2 and all of the run's own radius if None.
         samples: the first so many training images, in order of position, at least 10; all if None.
         seed: of the attacks.
         data_dir: the folder of data sets.
@@ -139,28 +157,36 @@ def study_difficulty(
     if not DECILES <= number <= available:
         raise UserError(f"--samples is from {DECILES} to {available}, the training images of this run; got {number}")
     chosen = _Examples(subject.positions[:number], subject.training.labels[:number])
+    threats = _threats(subject.threat, radii)
     bar = progress_bar(show=progress)
     missing = []
     with bar:
-        threats = [replace(subject.threat, radius=share * subject.threat.radius) for share in SHARES]
         difficulty = torch.stack([_attacked(subject, chosen, threat, seed, bar) for threat in threats])
-        mean = difficulty.mean(0)
         training, record = _measured(subject, chosen), _recorded(subject)
         measures = {}
         if training is None:
             missing.append("difficulty in training needs a run that measures its own: train with -o dpls.scale=0")
         else:
-            measures["in training (DPLS)"] = training
+            measures[training.measure] = training.values
         if record is None:
             missing.append("difficulty by epoch needs a record of examples: train with -o monitor.examples=true")
+        elif not (by_epoch := _by_epoch(subject, record.confidence[:, :number])):
+            missing.append("difficulty by epoch needs an epoch after dpls.first in the record of examples")
         else:
-            confidence = record.confidence[:, :number]
-            measures["mean confidence"] = 1 - confidence.nanmean(0)
-            measures["mean loss"] = -confidence.clamp(min=LEAST).log().nanmean(0)
-        measures["clean"], measures["attacked"] = difficulty[0], difficulty[-1]
-        for other in others:
-            own = _measured(other, chosen)
-            measures[f"run {other.name}"] = _attacked(other, chosen, other.threat, seed, bar) if own is None else own
+            measures |= by_epoch
+        for threat, values in ((threats[0], difficulty[0]), (threats[-1], difficulty[-1])):
+            measures[_last_weights(threat)] = values
+        found = [
+            _measured(other, chosen)
+            or _Measured(_last_weights(threats[-1]), _attacked(other, chosen, threats[-1], seed, bar))
+            for other in others
+        ]
+        measures |= {f"run {other.name}: {it.measure}": it.values for other, it in zip(others, found, strict=True)}
+        if len({it.measure for it in found}) > 1:
+            missing.append("the mean of the runs compared with needs them to measure alike")
+        elif len(found) > 1:
+            mean = torch.stack([it.values for it in found]).nanmean(0)
+            measures[f"mean of {len(found)} runs: {found[0].measure}"] = mean
         over_runs = _training_growth([subject, *others], chosen, seed, bar)
     if isinstance(over_runs, str):
         missing.append(over_runs)
@@ -174,7 +200,7 @@ def study_difficulty(
         difficulty,
     )
     assert growth is not None  # of at least ten examples, all measured
-    gallery = _gallery(subject, mean)
+    gallery = _gallery(subject, difficulty.mean(0))
     result = Difficulty(
         redan_version=__version__,
         run=subject.name,
@@ -195,11 +221,20 @@ def study_difficulty(
     )
     shown = torch.tensor([entry.position for entry in gallery])
     tensors = {"positions": chosen.positions, "difficulty": difficulty.T, "images": dataset.train.images[shown]}
-    tensors |= {} if training is None else {"training": training}
+    tensors |= {} if training is None else {"training": training.values}
     path = subject.folder / DIFFICULTY
     save_tensors(path.with_suffix(".safetensors"), tensors)
     result.save(path)
     return result
+
+
+def _threats(threat: LpBall, radii: Sequence[float] | None) -> list[LpBall]:
+    """The balls of the study, the smallest first."""
+    if radii is None:
+        radii = [share * threat.radius for share in SHARES]
+    if not radii:
+        raise UserError("radii is a list of at least one radius, such as 0,2/255,4/255,8/255")
+    return sorted((replace(threat, radius=radius) for radius in set(radii)), key=lambda it: it.radius)
 
 
 def _subjects(runs: Sequence[str | Path], dataset: Dataset) -> list[_Subject]:
@@ -238,15 +273,47 @@ def _attacked(subject: _Subject, wanted: _Examples, threat: LpBall, seed: int, b
     return found
 
 
-def _measured(subject: _Subject, wanted: _Examples) -> Tensor | None:
-    """The difficulty that a run with DPLS measured itself: ``(n,)``, NaN where it did not; None without."""
-    if subject.recipe.dpls is None or subject.recipe.dpls.sources:
+def _last_weights(threat: LpBall) -> str:
+    return f"{f'PGD-{STEPS} {threat}' if threat.radius else 'clean'}, last weights"
+
+
+def _measured(subject: _Subject, wanted: _Examples) -> _Measured | None:
+    """The difficulty that a run with DPLS measured itself; None without."""
+    dpls = subject.recipe.dpls
+    if dpls is None or dpls.sources:
         return None
     try:
         found = read_difficulty(subject.folder, subject.dataset, given_labels=True)[wanted.positions]
     except UserError:  # it has measured nothing yet
         return None
-    return found.where(subject.rows(wanted)[0], torch.nan)
+    _, place = load_tensors(subject.folder / STATE)
+    # The epoch in progress counts, too.
+    epochs = _spelt(_counted(dpls, place["epoch"] + (place["step"] > 0)))
+    return _Measured(f"DPLS ({dpls.difficulty}, {epochs})", found.where(subject.rows(wanted)[0], torch.nan))
+
+
+def _counted(dpls: DPLSConfig | None, epochs: int) -> range:
+    """Those of the first so many epochs, from 0, over which DPLS measures; all where a run measures nothing itself."""
+    return range(epochs) if dpls is None or dpls.sources else range(epochs)[dpls.first : dpls.warmup]
+
+
+def _spelt(epochs: range) -> str:
+    """As people count them, from 1."""
+    return f"epoch {epochs[-1] + 1}" if len(epochs) == 1 else f"epochs {epochs[0] + 1}-{epochs[-1] + 1}"
+
+
+def _by_epoch(subject: _Subject, confidence: Tensor) -> dict[str, Tensor]:
+    """Measures of difficulty in a record ``(epochs, n)``; none where it has no epoch that DPLS counts."""
+    epochs = _counted(subject.recipe.dpls, len(confidence))
+    if not epochs:
+        return {}
+    kind = "adversarial" if METHODS[subject.recipe.method.name].attacks else "clean"
+    counted = confidence[epochs.start : epochs.stop]
+    return {
+        f"mean {kind} confidence, {_spelt(epochs)}": 1 - counted.nanmean(0),
+        f"mean {kind} loss, {_spelt(epochs)}": -counted.clamp(min=LEAST).log().nanmean(0),
+        f"{kind} confidence, {_spelt(epochs[-1:])}": 1 - counted[-1],
+    }
 
 
 def _recorded(subject: _Subject) -> _Record | None:
@@ -266,18 +333,24 @@ def _recorded(subject: _Subject) -> _Record | None:
 
 
 def _correlations(measures: dict[str, Tensor]) -> Correlations:
-    table = tuple(tuple(_spearman(one, other) for other in measures.values()) for one in measures.values())
-    return Correlations(names=tuple(measures), spearman=table)
+    rows = [[_spearman(one, other) for other in measures.values()] for one in measures.values()]
+    return Correlations(
+        names=tuple(measures),
+        spearman=tuple(tuple(value for value, _ in row) for row in rows),
+        examples=tuple(tuple(number for _, number in row) for row in rows),
+    )
 
 
-def _spearman(one: Tensor, other: Tensor) -> float | None:
+def _spearman(one: Tensor, other: Tensor) -> tuple[float | None, int]:
+    """The correlation, and of how many examples that both know."""
     known = ~(one.isnan() | other.isnan())
-    if known.sum() < 2:
-        return None
+    number = int(known.sum())
+    if number < 2:
+        return None, number
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConstantInputWarning)
         found = float(spearmanr(one[known].numpy(), other[known].numpy()).statistic)
-    return None if found != found else found
+    return None if found != found else found, number
 
 
 def _deciles(difficulty: Tensor) -> Sequence[Tensor]:
@@ -321,8 +394,8 @@ def _training_growth(subjects: Sequence[_Subject], wanted: _Examples, seed: int,
         for subject in subjects
     ]
     measured = [_measured(subject, wanted) if ours else None for subject, ours in zip(subjects, by_dpls, strict=True)]
-    if all(values is not None for values in measured):
-        measure, values = "1 - mean p_y in training (DPLS)", [values for values in measured if values is not None]
+    if all(found is not None for found in measured):
+        measure, values = "1 - mean p_y in training (DPLS)", [found.values for found in measured if found is not None]
     elif all(record is not None for record in records):
         measure, values = "1 - mean p_y in training", []
         for subject, record in zip(subjects, records, strict=True):
@@ -334,8 +407,8 @@ def _training_growth(subjects: Sequence[_Subject], wanted: _Examples, seed: int,
     else:
         measure = f"1 - p_y of PGD-{STEPS} within the radius of training, on the last weights"
         values = [_attacked(subject, wanted, subject.trained_threat, seed, bar) for subject in subjects]
-    found = _growth(measure, [subject.name for subject in subjects], radii, torch.stack(values))
-    return f"the runs share fewer than {DECILES} training examples: no growth over runs" if found is None else found
+    growth = _growth(measure, [subject.name for subject in subjects], radii, torch.stack(values))
+    return f"the runs share fewer than {DECILES} training examples: no growth over runs" if growth is None else growth
 
 
 def _memorisation(subject: _Subject, record: _Record) -> Memorisation | str:
@@ -377,7 +450,7 @@ def _accuracy(record: _Record, epoch: int, rows: Tensor) -> float | None:
 
 
 def _gallery(subject: _Subject, difficulty: Tensor) -> tuple[DifficultEntry, ...]:
-    """The hardest, hardest first, and the easiest, easiest first, of each class, of the first ``(n,)`` examples."""
+    """The hardest, hardest first, and the easiest, easiest first, of each of the first classes, of ``(n,)``."""
     labels = subject.training.labels[: len(difficulty)]
     true = subject.dataset.train.labels[subject.positions]
     entries = []

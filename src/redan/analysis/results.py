@@ -82,11 +82,13 @@ class Correlations(Frozen):
     """Spearman's rank correlation of each measure of difficulty with each, on the examples that both know.
 
     ``spearman[i][j]`` is of ``names[i]`` with ``names[j]``, None where fewer than two examples are known to both or one
-    of the two has the same value for all.
+    of the two has the same value for all. ``examples[i][j]`` is how many both know: runs whose seeds draw subsets of
+    their own share few. It is empty in files from before it was counted.
     """
 
     names: tuple[str, ...]
     spearman: tuple[tuple[float | None, ...], ...]
+    examples: tuple[tuple[int, ...], ...] = ()
 
 
 class GrowthPoint(Frozen):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from redan.certification.rows import Rows
+from redan.certification.rows import Rows, side_by_side
 
 # Roundings beside those of the sum: of the weights where they were folded, of slopes above the layer, of l and u.
 SPARE_ROUNDINGS = 8
@@ -197,9 +197,8 @@ class Convolution(Affine):
             kernel = self.weight.shape[2:]
             return F.fold(columns, size, kernel, self.dilation, padding, self.stride)
         left_over = [a - b for a, b in zip(size, self._reached(values, padding), strict=True)]
-        values = values.contiguous(memory_format=torch.channels_last)
         return F.conv_transpose2d(
-            values, self.weight, None, self.stride, padding, left_over, self.groups, self.dilation
+            side_by_side(values), self.weight, None, self.stride, padding, left_over, self.groups, self.dilation
         )
 
 
@@ -256,7 +255,7 @@ class Reshape(Affine):
 
     def pull(self, rows: Rows) -> tuple[Rows, ...]:
         whole = rows.whole(self.shape)
-        return (whole.with_values(whole.values.reshape(len(whole.values), *self.input_shape)),)
+        return (whole.with_values(side_by_side(whole.values.reshape(len(whole.values), *self.input_shape))),)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from redan.certification.interval import CACHED, Box, magnitude, step
 from redan.certification.network import Add, Affine, Convolution, Linear, Network, Relu, Scale, Sigmoid
 from redan.certification.regions import Region
 from redan.certification.rounding import SoundFloat, gamma, pulled_error, smallest
-from redan.certification.rows import Rows, add, total, total_above
+from redan.certification.rows import Rows, add, side_by_side, total, total_above
 
 # Lower slopes of a ReLU layer for some rows: the rows at the layer, its position, to slopes like the rows' values.
 Slopes = Callable[[Rows, int], Tensor]
@@ -101,7 +101,7 @@ class Relaxation:
     def lines(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of the ReLU on that layer: slope of the upper line, where it is zero, and the default lower slope."""
         if position not in self._lines:
-            lower, upper = self.boxes[position]
+            lower, upper = map(side_by_side, self.boxes[position])
             # Factors of 0 and 1 instead of torch.where, which costs ten times a product.
             above, below = upper.relu(), (-lower).relu()
             can, always = (upper > 0).to(upper), (lower >= 0).to(upper)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from redan.data.types import Batch
@@ -45,6 +45,11 @@ class DPLSConfig(Config):
     control: Control = "none"
     sources: tuple[str, ...] = ()
 
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, sources: object) -> object:
+        return (sources,) if isinstance(sources, str) else sources
+
     @model_validator(mode="after")
     def _something_is_counted(self) -> "DPLSConfig":
         if self.first >= self.warmup:
@@ -55,8 +60,9 @@ class DPLSConfig(Config):
 class DPLS(Targets):
     """Targets ``(1 - S_i) one-hot + S_i / classes`` with S_i = min(scale * d_i, cap), d_i the difficulty of example i.
 
-    The attack keeps the label. The difficulty costs no forward pass: it comes from the logits that training computes,
-    in two numbers an example. Under several processes all see the same.
+    The attack keeps the label. The difficulty costs no forward pass: it comes from the logits that training computes.
+    It takes 8 bytes an example in a checkpoint, 12 with ``known``; in memory 4 more once amounts are known, and 8 for
+    ``control: permuted``; an average of the weights holds a second copy. Under several processes all see the same.
 
     Args:
         config: the family's member.
@@ -89,7 +95,7 @@ class DPLS(Targets):
     @torch.no_grad()
     def observe(self, batch: Batch, clean: Tensor | None, adversarial: Tensor | None) -> None:
         """See ``Targets``."""
-        if not self.config.first <= self.epoch < self.config.warmup:
+        if hasattr(self, "known") or not self.config.first <= self.epoch < self.config.warmup:
             return
         logits = clean if self.config.difficulty == "clean-confidence" else adversarial
         if logits is None:
