@@ -62,10 +62,10 @@ class Run:
 
 
 def runs(root: Path, base: str, labels: str) -> list[Run]:
-    """Those of all seeds that are trained."""
+    """Those of all seeds that are trained and attacked."""
     stem = f"dpls-{labels}{base}"
     found = [next(iter(root.glob(f"*/{stem}-seed{seed}")), None) for seed in SETTINGS[base]]
-    return [Run(folder) for folder in found if folder is not None and (folder / "model-last.safetensors").exists()]
+    return [Run(folder) for folder in found if folder is not None and (folder / "results").exists()]
 
 
 def rows(root: Path, base: str) -> Iterator[tuple[str, list[Run]]]:
