@@ -29,12 +29,13 @@ from redan.models.norms import Normalise
 from redan.models.purified import Purified
 from redan.models.purifiers.base import Plain
 from redan.models.purifiers.discriminator import PatchDiscriminator
+from redan.models.purifiers.masked_autoencoder import MaskedAutoencoder
 from redan.models.purifiers.registry import build_purifier
 from redan.models.random_transforms import Draw, build_transform
 from redan.models.registry import build_model
 from redan.recipes.build import build
 from redan.recipes.schema import Recipe, load_recipe
-from redan.run import STATE
+from redan.run import STATE, take_over
 from redan.tensors import load_tensors, save_tensors
 from redan.threats import Linf
 from redan.training import trainer
@@ -424,6 +425,7 @@ def test_validation_looks_at_what_the_phase_trains() -> None:
         first = phase == "classifier"
         assert method.validated() is (method.pipeline.classifier if first else method.pipeline)
         assert method.selects_by == ("robust" if phase == "finetuning" else "clean")
+        assert make(phase, adversary="none").selects_by == "clean"
         assert method.deployed() is method.trained() is method.pipeline
         before, x = snapshot(method), batch().images
         with torch.random.fork_rng():
@@ -547,6 +549,54 @@ def test_its_parts_are_overridden(tmp_path: Path) -> None:
     assert load_recipe(short, {"purification.discriminator": None}).resolved()["purification"]["discriminator"] is None
 
 
+def test_its_numbers_may_be_fractions(tmp_path: Path) -> None:
+    given = {"weight": "1/10", "cross_entropy_from": "1/3", "transform.sigma": "8/255", "transform.missing": "1 / 4"}
+    short = written(tmp_path, changed(transform="rt2"))
+    recipe = load_recipe(short, {f"purification.{key}": value for key, value in given.items()})
+    found = recipe.purification
+    assert found is not None and (found.weight, found.cross_entropy_from) == (0.1, 1 / 3)
+    assert found.transform.options == {"sigma": 8 / 255, "missing": 0.25, "cells": 8, "masks": "image"}
+    method = build(recipe, DIGITS)
+    assert isinstance(method, AToP) and method.pipeline.transform.sigma == 8 / 255
+
+
+def test_a_purifier_of_ones_own_may_come_trained() -> None:
+    none = {"epochs": 0, "optimizer": ADAM}
+    recipe = Recipe.model_validate(changed(purifier="package.module:function", pretraining=none))
+    assert recipe.purification is not None and recipe.purification.pretraining.epochs == 0
+
+
+@pytest.mark.parametrize("name", ["atop-code-cifar10-mini", "atop-code-cifar10-resnet18"])
+def test_the_public_codes_recipes_are_as_it_is(name: str) -> None:
+    recipe = load_recipe(name)
+    found = recipe.purification
+    assert found is not None and found.transform.name == "rt2" and found.transform.options["masks"] == "batch"
+    code = {"adversary": "classifier", "weight": 0.05, "l_org_target": "clean", "gan_gradient": "detached"}
+    assert code.items() <= found.model_dump().items()
+    # Its epochs are 625 steps of 8 images, and the first two of them are without the cross-entropy.
+    images = recipe.data.train_samples or 50_000 - recipe.data.validation_samples
+    steps = images // recipe.batch_size
+    first = next(step for step in range(steps * recipe.epochs) if step / steps >= found.cross_entropy_from)
+    assert abs(first * recipe.batch_size - 2 * 625 * 8) < recipe.batch_size
+
+
+def test_the_autoencoder_on_imagenette_is_base_and_its_patches_are_cells() -> None:
+    recipe = load_recipe("atop-ae-imagenette-resnet34")
+    found, size = recipe.purification, recipe.data.crop
+    assert found is not None and size is not None
+    with torch.device("meta"):
+        purifier = build_purifier(found.purifier.name, channels=3, size=size, **found.purifier.options)
+    assert isinstance(purifier, MaskedAutoencoder) and len(purifier.decoder) == 8 + 2
+    # A ViT-B/16 without head has 85 798 656, of which 197 * 768 positions are not learnt here.
+    encoder = [purifier.embed, purifier.encoder, purifier.norm]
+    learnt = sum(parameter.numel() for part in encoder for parameter in part.parameters()) + purifier.summary.numel()
+    assert learnt == 85_798_656 - 197 * 768
+    transform = build_transform(found.transform.name, size=size, **found.transform.options)
+    holes = transform.sample(torch.zeros(4, 3, size, size)).holes[0]
+    whole, touched = -F.max_pool2d(-holes, purifier.patch), F.max_pool2d(holes, purifier.patch)
+    assert torch.equal(whole, touched) and touched.shape[2:] == (8, 8)  # a patch is missing or seen, never half
+
+
 def test_what_a_recipe_describes_is_built() -> None:
     config = {"transform": {"name": "rt3", "cells": 4, "masks": "batch"}, "votes": 2, "weight": 0.3}
     method = build(Recipe.model_validate(changed(**config)), DIGITS)
@@ -588,7 +638,10 @@ def test_what_a_recipe_describes_is_built() -> None:
         (changed(transform="rt5"), "no transform 'rt5'; did you mean 'rt"),
         (changed(transform={"sigma": 0.1}), "recipe tiny: the key 'purification.transform.name' is missing"),
         (changed(transform={"name": "rt2", "sgima": 1}), "no option of transform rt2 'sgima'; did you mean 'sigma'?"),
-        (changed(transform={"name": "rt2", "sigma": "1/4"}), "transform rt2: sigma: Input should be a valid number"),
+        (changed(transform={"name": "rt2", "sigma": "loud"}), "purification.transform: 'loud' is not a number such as"),
+        (changed(transform={"name": "rt2", "sigma": True}), "transform rt2: sigma: Input should be a valid number"),
+        (changed(transform={"name": "rt2", "cells": "8"}), "transform rt2: cells: Input should be a valid integer"),
+        (changed(weight="little"), "purification.weight: 'little' is not a number such as 0.5 or 8/255"),
         (changed(transform={"name": "rt3", "missing": 0.3}), "transform rt3: missing must cut the 64 cells into equal"),
         (changed(transform={"name": "rt2", "cells": 3}), "cells must divide the 8 pixels of an image's side, got 3"),
         ({"data": {"name": "digits", "crop": 6}}, "cells must divide the 6 pixels of an image's side, got 8"),
@@ -611,6 +664,14 @@ def test_what_a_recipe_describes_is_built() -> None:
         (
             changed(classifier_training={"epochs": 0, "optimizer": {"lr": 0.1}}),
             "the classifier would stay untrained: set classifier_training.epochs or trained_classifier",
+        ),
+        (
+            changed(pretraining={"epochs": 0, "optimizer": ADAM}),
+            "the purifier would come untrained into finetuning: set pretraining.epochs or trained_purifier",
+        ),
+        (
+            changed(gan_gradient="detached", discriminator=None),
+            "gan_gradient: detached is of a discriminator, and there is none: leave it out or set one",
         ),
         (changed(cross_entropy_from=50), "cross_entropy_from must come before the end of epochs"),
         (
@@ -867,7 +928,10 @@ def test_parts_that_do_not_fit_are_said(tmp_path: Path, whole: Path) -> None:
     state, place = load_tensors(early / STATE)
     save_tensors(early / STATE, state, place | {"epoch": 0})
     message = refused(tmp_path, changed(trained_purifier=str(early), **given))
-    assert message == f"purification.trained_purifier: {early} has not come to train its purifier yet"
+    assert message == (
+        f"purification.trained_purifier: {early} has not finished training its purifier: go on with "
+        f"redan train {early} --out {early} --resume"
+    )
     wider = {"name": "inpainting", **INPAINTING, "width": 8}
     message = refused(tmp_path, changed(trained_purifier=str(whole), purifier=wider, **given))
     options = "width {}, halvings 1, dilations 1, attention False"
@@ -877,6 +941,58 @@ def test_parts_that_do_not_fit_are_said(tmp_path: Path, whole: Path) -> None:
     )
     message = refused(tmp_path, changed(trained_purifier=str(whole), discriminator=8, **given))
     assert message.startswith(f"what {whole} trained is not what this recipe describes: ")
+
+
+UNTRAINED = {"epochs": 0, "optimizer": ADAM}
+
+
+def altered(folder: Path, whole: Path, done: int, **purification: Any) -> Path:
+    """The run as it would be after so many epochs, with another recipe."""
+    shutil.copytree(whole, folder)
+    recipe = yaml.safe_load((whole / "recipe.yaml").read_text())
+    recipe["purification"] |= purification
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    state, place = load_tensors(folder / STATE)
+    if purification.get("discriminator", 4) is None:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("method/discriminator.")}
+    save_tensors(folder / STATE, state, place | {"epoch": done})
+    return folder
+
+
+def taken(source: Path) -> None:
+    """A run begins with the purifier of that one."""
+    recipe = Recipe.model_validate(changed(trained_purifier=str(source), pretraining=UNTRAINED))
+    take_over(build(recipe, DIGITS), recipe, load_dataset("digits"))
+
+
+@pytest.mark.parametrize(
+    ("purification", "done", "finished"),
+    [
+        ({}, 2, False),
+        ({}, 3, False),
+        ({}, 4, True),
+        (GIVEN | {"trained_classifier": "elsewhere"}, 1, False),
+        (GIVEN | {"trained_classifier": "elsewhere"}, 2, True),
+        ({"pretraining": UNTRAINED, "trained_purifier": "elsewhere"}, 0, True),
+    ],
+)
+def test_a_purifier_is_taken_once_it_is_trained(
+    tmp_path: Path, whole: Path, purification: dict[str, Any], done: int, finished: bool
+) -> None:
+    source = altered(tmp_path / "source", whole, done, **purification)
+    if finished:
+        taken(source)
+        return
+    with pytest.raises(UserError, match=f"{source} has not finished training its purifier: go on with .* --resume$"):
+        taken(source)
+
+
+def test_training_does_not_go_on_with_a_critic_that_is_not_there(tmp_path: Path, whole: Path) -> None:
+    source = altered(tmp_path / "source", whole, 7, discriminator=None)
+    message = f"purification.trained_purifier: {source} trained no discriminator to go on with; set purification.disc"
+    with pytest.raises(UserError, match=message) as error:
+        taken(source)
+    assert "\n" not in str(error.value)
 
 
 def test_a_network_with_like_weights_is_another_one_all_the_same(tmp_path: Path) -> None:

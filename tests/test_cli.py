@@ -153,7 +153,9 @@ def test_the_demo_makes_a_report(tmp_path: Path) -> None:
     for robust in trained:
         assert robust["robust"]["low"] > standard["robust"]["high"] + 0.3
         assert robust["clean_accuracy"] > 0.9
-    assert purified["run"] == "atop-digits" and "purified" in page
+    assert purified["run"] == "atop-digits" and "after the attack, purified" in page
+    rules = ("Mean", f"Worst of {purified['randomised']['draws']}", "Majority", "Fixed draw")
+    assert all(f'<th scope="row">{rule}</th>' in page for rule in rules)
     assert purified["robust"]["low"] > standard["robust"]["high"] + 0.2
     assert purified["randomised"]["robust"]["worst"]["value"] < purified["robust_accuracy"]
     # COLT's accuracy that is proved is far above that of the same network by PGD-AT of the same length.

@@ -1,6 +1,7 @@
 """The evaluation of purification: what each attack sees, what is counted after it, and that a stop loses nothing."""
 
 import json
+import shutil
 import sys
 import types
 from collections.abc import Iterator
@@ -14,7 +15,19 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import redan
-from redan.attacks import APGD, FAB, PGD, AutoAttack, SearchModel, Square, TargetedAPGD, cross_entropy, cw_margin, dlr
+from redan.attacks import (
+    APGD,
+    FAB,
+    PGD,
+    AutoAttack,
+    SearchModel,
+    Square,
+    StAdv,
+    TargetedAPGD,
+    cross_entropy,
+    cw_margin,
+    dlr,
+)
 from redan.attacks.base import Attack
 from redan.cli import app
 from redan.data.pipeline import to_float
@@ -26,19 +39,23 @@ from redan.evaluation.journal import Journal
 from redan.evaluation.pictures import on_the_way
 from redan.evaluation.progress import EvaluationProgress
 from redan.evaluation.protocol import parse_protocol
-from redan.evaluation.purification import THREATS, Oblivious, bypassing
+from redan.evaluation.purification import THREATS, Oblivious, at_known_draw, bypassing
 from redan.evaluation.results import Evaluation
 from redan.evaluation.several import evaluate_within
 from redan.evaluation.stages import Stages
+from redan.evaluation.survey import Survey
 from redan.models.purified import Purified
 from redan.models.purifiers.base import Purifier
 from redan.models.random_transforms import Draw, RandomTransform
+from redan.reporting import write_report
 from redan.seeds import derive_seed, generator
+from redan.spatial import Flow
 from redan.tensors import load_tensors
-from redan.threats import Linf, parse_threat
+from redan.threats import Linf, Threat, parse_threat
 
 SAMPLES, DRAWS, STEPS = 24, 4, 10
 THREAT = "linf:0.15"
+PUBLISHED_PARTS, PUBLISHED_QUERIES = AutoAttack.parts, protocol.QUERIES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*draws at random")
 
@@ -70,6 +87,12 @@ def evaluate(network: nn.Module, **options: Any) -> Evaluation:
     usual: dict[str, Any] = {"threat": THREAT, "attack": f"purification-{STEPS}", "samples": SAMPLES, "draws": DRAWS}
     usual |= {"data": "digits", "precision": "float32", "progress": False}
     return redan.evaluate(network, **usual | options)
+
+
+def stages_of(network: nn.Module, threat: Threat) -> Stages:
+    test, quiet = load_dataset("digits").test, EvaluationProgress(show=False)
+    journal = Journal(None, {}, resume=False)
+    return Stages(network, threat, test, SAMPLES, None, 10, DRAWS, 0, "float32", journal, quiet)
 
 
 def timeless(results: list[Evaluation]) -> list[Evaluation]:
@@ -158,24 +181,25 @@ def test_transfer_is_the_attack_on_the_bare_classifier(result: Evaluation, train
     torch.manual_seed(derive_seed(0, "evaluate"))
     passes = [whole(images).argmax(1) != labels for _ in range(2 + DRAWS)]  # two to see that it draws
     clean = torch.stack(passes[2:]).float().mean(0)
-    met = (clean < 1).nonzero().squeeze(1)
-    place = (0, "evaluate", 0, int(met[0]))
+    assert (clean == 1).any()  # and attacked all the same
+    place = (0, "evaluate", 0, 0)
     attack = PGD(Linf(0.15), steps=STEPS, drop_broken=False)
     search = SearchModel(whole.classifier, precision="float32")
-    found = attack(search, images[met], labels[met], generator=generator(*place))
+    found = attack(search, images, labels, generator=generator(*place))
     torch.manual_seed(derive_seed(*place, "model"))
-    score = torch.stack([whole(found).argmax(1) != labels[met] for _ in range(DRAWS)]).float().mean(0)
-    told = torch.stack([whole(found[score > 0]).argmax(1) != labels[met[score > 0]] for _ in range(DRAWS)])
+    score = torch.stack([whole(found).argmax(1) != labels for _ in range(DRAWS)]).float().mean(0)
+    told = torch.stack([whole(found[score > 0]).argmax(1) != labels[score > 0] for _ in range(DRAWS)])
     wrong = clean.clone()
-    worse = score > clean[met]  # the clean image lies in every threat, too
-    wrong[met[worse]] = told.float().mean(0)[worse[score > 0]]
-    assert result.randomised is not None
+    worse = score > clean  # the clean image lies in every threat, too
+    wrong[worse] = told.float().mean(0)[worse[score > 0]]
+    assert result.randomised is not None and result.transferred is not None
+    assert result.transferred.correct == round(float((1 - score).sum()))
     assert next(iter(result.randomised.after)) == "transfer"
     assert result.randomised.after["transfer"] == pytest.approx(1 - float(wrong.mean()))
     (path,) = folder.glob("*.partial/0-transfer@*.safetensors")
     kept, _ = load_tensors(path)
-    assert kept["met"].tolist() == met.tolist()
-    assert kept["hurt"].tolist() == met[score > 0].tolist() and len(kept["hurt"])
+    assert kept["met"].tolist() == list(range(SAMPLES))
+    assert kept["hurt"].tolist() == (score > 0).nonzero().squeeze(1).tolist() and len(kept["hurt"])
     assert torch.equal(kept["images"], found[score > 0])
 
 
@@ -183,12 +207,15 @@ def test_images_meet_all_attacks_and_only_get_worse(result: Evaluation) -> None:
     drawn = result.randomised
     assert drawn is not None
     parts = ["transfer", "bpda", "pgd:ce", "pgd:cw", "apgd-ce", "apgd-dlr", "square-30"]
-    assert list(drawn.after) == list(result.attacks) == parts
+    assert list(drawn.after) == parts and result.attacks == drawn.after
     assert drawn.after["transfer"] > drawn.after["square-30"]  # the oblivious figure flatters
     assert result.curve == ()
     assert result.account == (
-        "10 steps x EOT 4 by exact gradients, 2 restarts each; in order transfer, bpda, pgd:ce, pgd:cw, apgd-ce, "
-        "apgd-dlr, square-30; left out: nothing"
+        "shortened from 200 to 10 steps; in order transfer (10 steps, no EOT), bpda (10 steps x EOT 4), "
+        "pgd:ce (10 steps x EOT 4, 2 restarts), pgd:cw (10 steps x EOT 4, 2 restarts), apgd-ce (6 steps x EOT 4), "
+        "apgd-dlr (6 steps x EOT 4), square-30 (30 queries x EOT 4); AutoAttack at one known draw: apgd-ce (6 steps), "
+        "apgd-t (4 steps, up to 2 targets), fab-t (4 steps, up to 2 targets), square (1 queries); convergence on 24 "
+        "images; left out: nothing"
     )
 
 
@@ -206,33 +233,71 @@ def test_the_steps_are_those_of_the_papers() -> None:
     assert list(parse_protocol("purification", parse_threat("stadv:0.05"), classes=10)) == ["transfer", "bpda", "stadv"]
 
 
-def test_one_known_draw_meets_autoattack(result: Evaluation, trained: Path) -> None:
+@pytest.mark.parametrize("steps", [50, 100, 200, 400])
+def test_few_steps_shorten_every_attack_and_every_network_alike(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    monkeypatch.setattr(AutoAttack, "parts", PUBLISHED_PARTS)
+    monkeypatch.setattr(protocol, "QUERIES", PUBLISHED_QUERIES)
+
+    def efforts(random: bool) -> dict[str, int]:
+        attacks = parse_protocol(f"purification-{steps}", Linf(8 / 255), classes=10, random=random)
+        return {name: getattr(it, "queries" if isinstance(it, Square) else "steps") for name, it in attacks.items()}
+
+    few, share = min(steps, 100), min(steps, 200) / 200
+    both = {"transfer": steps, "bpda": 50, "pgd:ce": steps, "pgd:cw": steps, "apgd-ce": few}
+    queries = round(1000 * share)
+    assert efforts(random=True) == both | {"apgd-dlr": few, f"square-{queries}": queries}
+    plain = {"apgd-ce": few, "apgd-t": few, "fab-t": few, "square": round(5000 * share)}
+    assert efforts(random=False) == both | plain
+    known = at_known_draw(Linf(8 / 255), steps, 10)
+    assert known == {name: parse_protocol(f"purification-{steps}", Linf(8 / 255), classes=10)[name] for name in plain}
+
+
+@pytest.mark.parametrize(("threat", "attack"), [(THREAT, "autoattack"), ("stadv:0.1", f"stadv-{STEPS}")])
+def test_one_known_draw_meets_an_attacker_who_knows_it(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, threat: str, attack: str
+) -> None:
+    monkeypatch.setattr(Survey, "offer", lambda *_: None)  # that is the next test's
+    monkeypatch.setattr(Stages, "converge", lambda *_: ())
     whole, (images, labels) = purified(trained), batch()
+    drawn = evaluate(whole, threat=threat).randomised
     known = whole.fixed(images, generator(0, "fixed"))
-    alone = evaluate(known, attack="autoattack", curve=False)
-    assert result.randomised is not None
-    assert alone.randomised is None
-    assert (result.randomised.clean.fixed, result.randomised.robust.fixed) == (alone.clean, alone.robust)
+    alone = evaluate(known, threat=threat, attack=attack, curve=False)
+    assert drawn is not None and alone.randomised is None
+    assert (drawn.clean.fixed, drawn.robust.fixed) == (alone.clean, alone.robust)
     assert alone.clean.correct == int((known(images).argmax(1) == labels).sum())
     assert 0 < alone.robust.correct < alone.clean.correct
 
 
+@torch.no_grad()
+def test_what_broke_other_draws_is_tried_on_the_known_one(trained: Path) -> None:
+    whole, (images, labels) = purified(trained), batch()
+    stages = stages_of(whole, Linf(0.15))
+    survey = stages.survey()
+    stages.meet(survey, {"pgd:cw": PGD(Linf(0.15), steps=STEPS, objective=cw_margin)}, {})
+    fixed = whole.fixed(images, generator(0, "fixed"))
+    clean, attacked = (fixed(x).argmax(1) == labels for x in (images, survey.attacked(torch.arange(SAMPLES))))
+    known = stages.known_draw(survey, whole, {})
+    assert torch.equal(known.right, clean) and torch.equal(known.stands, clean & attacked)
+    assert 0 < known.stands.sum() < clean.sum()
+    # Who stands is attacked on that draw besides, and nobody who fell rises again.
+    again = stages.known_draw(survey, whole, at_known_draw(Linf(0.15), STEPS, 10))
+    assert (again.stands <= known.stands).all() and again.stands.sum() < known.stands.sum()
+
+
 def test_without_randomness_the_four_rules_agree(trained: Path) -> None:
     whole, threat = purified(trained, sigma=0.0, masks="fixed"), Linf(0.15)
-    test, quiet = load_dataset("digits").test, EvaluationProgress(show=False)
-    journal = Journal(None, {}, resume=False)
-    stages = Stages(whole, threat, test, SAMPLES, None, 10, DRAWS, 0, "float32", journal, quiet)
+    stages, attacks = stages_of(whole, threat), AutoAttack(threat).parts(10)
     survey = stages.survey()
     assert not survey.random
-    stages.meet(survey, AutoAttack(threat).parts(10), {})
-    for counts in randomness.count(survey, whole, threat, DRAWS, 0, stages.known_draw(survey, whole, threat, 200)):
+    stages.meet(survey, attacks, {})
+    for counts in randomness.count(survey, whole, threat, DRAWS, 0, stages.known_draw(survey, whole, attacks)):
         assert counts.mean == counts.worst == counts.majority == counts.fixed
     assert 0 < counts.mean.correct < SAMPLES
 
 
 def test_convergence_is_pgd_judged_by_new_draws(result: Evaluation, trained: Path) -> None:
     points = {(it.steps, it.draws): it.accuracy for it in result.convergence}
-    assert list(points) == [(10, 4), (10, 1), (10, 5)]  # twice the draws is 8, and the protocol has 10 steps
+    assert list(points) == [(10, 4), (20, 4), (40, 4), (10, 1), (10, 5)]  # twice the draws is 8
     assert {accuracy.samples for accuracy in points.values()} == {SAMPLES}
     whole, (images, labels) = purified(trained), batch()
     place = (0, "convergence", 10, 5)
@@ -244,6 +309,27 @@ def test_convergence_is_pgd_judged_by_new_draws(result: Evaluation, trained: Pat
     found = attack.run(search, images, labels, generator(*place, "start", 0)).images
     right = torch.stack([whole(found).argmax(1) == labels for _ in range(DRAWS)]).float().mean(0).sum()
     assert points[10, 5].correct == round(float(right))
+
+
+@pytest.mark.parametrize(
+    ("steps", "shown"),
+    [
+        (2, [2, 4, 8]),
+        (20, [10, 20, 40, 80]),
+        (50, [10, 20, 50, 100, 200]),
+        (200, [10, 20, 50, 100, 200]),
+        (400, [10, 20, 50, 100, 200]),
+    ],
+)
+def test_the_curve_goes_on_beyond_a_shortened_protocol(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, steps: int, shown: list[int]
+) -> None:
+    monkeypatch.setattr(Stages, "_left", lambda *_: 0)
+    stages = stages_of(purified(trained), Linf(0.15))
+    points = stages.converge(stages.survey(), Linf(0.15), steps)
+    assert [it.steps for it in points if it.draws == DRAWS] == shown
+    assert {it.steps for it in points if it.draws != DRAWS} == {min(50, steps)}
+    assert {it.accuracy.samples for it in points} == {SAMPLES}
 
 
 def test_the_gallery_shows_the_way_through_the_network(result: Evaluation, trained: Path, folder: Path) -> None:
@@ -282,6 +368,11 @@ def test_threats_that_move_pixels(trained: Path) -> None:
     found = evaluate(purified(trained), threat="stadv:0.1", samples=12)
     assert list(found.attacks) == ["transfer", "bpda", "stadv"]
     assert found.convergence == ()
+    assert found.account == (
+        "shortened from 200 to 10 steps; in order transfer (10 steps, no EOT), bpda (10 steps x EOT 4), "
+        "stadv (10 steps x EOT 4); one known draw: stadv (10 steps); "
+        "left out: PGD, AutoAttack, Square, convergence (for Lp threats)"
+    )
     assert found.randomised is not None and found.randomised.after["stadv"] < found.randomised.clean.mean.value
     with pytest.raises(UserError, match="flow threat such as stadv"):
         evaluate(purified(trained), threat="rotation:30+3")
@@ -294,8 +385,12 @@ def test_a_network_that_does_not_draw_meets_what_makes_sense_for_it(trained: Pat
     del parts["transfer"], parts["bpda"]
     assert list(found.attacks) == list(parts) == ["pgd:ce", "pgd:cw", "apgd-ce", "apgd-t", "fab-t", "square"]
     assert found.randomised is None and found.convergence == ()
-    assert found.account.endswith(
-        "left out: transfer (nothing purifies), bpda (nothing purifies), averages over draws (there is no randomness)"
+    assert found.transferred is None
+    assert found.account == (
+        "shortened from 200 to 10 steps; in order pgd:ce (10 steps, 2 restarts), pgd:cw (10 steps, 2 restarts), "
+        "apgd-ce (6 steps), apgd-t (4 steps, up to 2 targets), fab-t (4 steps, up to 2 targets), square (1 queries); "
+        "left out: transfer (nothing purifies), bpda (nothing purifies), averages over draws, one known draw, "
+        "convergence (there is no randomness)"
     )
     search = SearchModel(network, precision="float32")
     stands = network(images).argmax(1) == labels
@@ -319,15 +414,36 @@ class Noisy(nn.Module):
 def test_a_network_that_draws_and_purifies_nothing(trained: Path) -> None:
     found = evaluate(Noisy(redan.load(trained)), attack="purification-2", samples=8, draws=2)
     assert list(found.attacks) == ["pgd:ce", "pgd:cw", "apgd-ce", "apgd-dlr", "square-10"]
-    assert "transfer (nothing purifies), bpda (nothing purifies)" in found.account
-    assert found.randomised is not None and [(it.steps, it.draws) for it in found.convergence] == [(2, 1)]
+    assert found.account.endswith(
+        "; one known draw: pgd:cw (50 steps); convergence on 8 images; left out: transfer (nothing purifies), "
+        "bpda (nothing purifies), AutoAttack at one known draw (nothing purifies)"
+    )
+    points = [(it.steps, it.draws) for it in found.convergence]
+    assert found.randomised is not None and points == [(2, 2), (4, 2), (8, 2), (2, 1)]
+
+
+def test_the_whole_protocol_is_not_called_shortened_and_what_nobody_asked_for_is_left_out() -> None:
+    attacks: dict[str, Attack] = {"transfer": PGD(Linf(0.1), steps=200, drop_broken=False)}
+    known: dict[str, Attack] = {"fab": FAB(Linf(0.1), targets=None, restarts=5)}
+    told = protocol.describe(attacks, known, Linf(0.1), seen=("transfer", "bpda"), steps=200, draws=20, studied=0)
+    assert told == (
+        "in order transfer (200 steps, no EOT); AutoAttack at one known draw: fab (100 steps, 5 restarts); "
+        "left out: convergence (not asked for)"
+    )
+    flow = Flow(0.05)
+    attacks = {"transfer": StAdv(flow, steps=200)}
+    told = protocol.describe(attacks, {}, flow, seen=("transfer", "bpda"), steps=200, draws=1, studied=0)
+    assert told == (
+        "in order transfer (200 steps); left out: PGD, AutoAttack, Square, convergence (for Lp threats), "
+        "averages over draws, one known draw (there is no randomness)"
+    )
 
 
 @pytest.mark.parametrize(
     ("threats", "piece"),
     [
         ((THREAT, "stadv:0.1"), "1-bpda@"),  # in the second threat
-        ((THREAT,), "convergence@000000001"),
+        ((THREAT,), "convergence-4-3@"),
         ((THREAT,), "fixed-1-apgd-t@"),
     ],
 )
@@ -454,5 +570,28 @@ def test_what_was_done_is_printed(trained: Path, monkeypatch: pytest.MonkeyPatch
     options = "--data digits --threat linf:0.1 --attack purification-2 --samples 8 --draws 2"
     done = command("their_defence:make", *options.split())
     assert done.exit_code == 0, done.stderr
-    for said in ("2 steps x EOT 2", "left out: nothing", "one draw, known", "worst candidates after", "EOT draws"):
+    for said in (
+        "2 steps x EOT 2",
+        "left out: nothing",
+        "one draw, known",
+        "worst candidates after",
+        "transfer alone, as such papers report it: ",
+        "EOT draws",
+    ):
         assert said in done.stdout
+
+
+def test_the_report_shows_transfer_alone_beside_the_worst_cases(
+    result: Evaluation, trained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("results"))
+    (run / "results").mkdir()
+    for changes in ({}, {"randomised": None, "convergence": ()}):
+        shown = result.model_copy(update={"gallery": (), **changes})
+        shown.save(run / "results" / "purification.json")
+        page = write_report([run], tmp_path / "report.html").read_text()
+        start = page.index("transfer alone, as such papers report it")
+        assert result.transferred is not None
+        assert f"{100 * result.transferred.value:.2f}" in page[start : start + 300]
+        assert result.account in page

@@ -56,6 +56,36 @@ def _patch(name: str, size: int) -> dict[str, int]:
     return {"patch": size // 8} if name == "masked-autoencoder" else {}
 
 
+@pytest.mark.parametrize("size", [32, 256])
+@pytest.mark.parametrize("name", PURIFIERS)
+def test_purified_images_keep_shape_and_range(name: str, size: int) -> None:
+    torch.manual_seed(0)
+    purifier = build_purifier(name, channels=3, size=size, **THIN[name], **_patch(name, size))
+    images, holes = scene(2, 3, size)
+    with torch.no_grad():
+        *_, weight, _ = purifier.parameters()
+        weight.mul_(1000)  # of the last layer: wild answers
+        attempt, purified = purifier.attempts(images, holes)[-1], purifier(images, holes)
+    # The inpainting network ends in a tanh, the autoencoder in numbers of any size.
+    assert (attempt.amin() < -1 and attempt.amax() > 2) == (name == "masked-autoencoder")
+    assert purified.shape == (2, 3, size, size)
+    assert 0 <= purified.amin() < 0.01 and 0.99 < purified.amax() <= 1
+
+
+SHIPPED: dict[int, dict[str, Any]] = {32: {"halvings": 1, "dilations": 4, "attention": False}, 256: {}}
+
+
+@pytest.mark.parametrize("size", SHIPPED)
+def test_the_inpainting_networks_of_recipes_and_paper_run(size: int) -> None:
+    torch.manual_seed(0)
+    purifier = build_purifier("inpainting", channels=3, size=size, **SHIPPED[size])
+    images, holes = scene(1, 3, size)
+    with torch.no_grad():
+        purified = purifier(images, holes)
+    assert purified.shape == (1, 3, size, size)
+    assert purified.amin() >= 0 and purified.amax() <= 1 and purified.std() > 0.01
+
+
 def test_outputs_are_cut_to_the_range_of_images() -> None:
     class Loud(nn.Module):
         def forward(self, images: Tensor, holes: Tensor) -> Tensor:

@@ -17,6 +17,10 @@ from redan.models.purifiers.registry import build_purifier
 from redan.models.random_transforms import Draw, Masks, RandomTransform, build_transform, transform_options
 
 NAMES = ("rt1", "rt2", "rt3")
+TINY: list[tuple[str, dict[str, Any]]] = [
+    ("inpainting", {"width": 4, "halvings": 1, "dilations": 2, "attention": False}),
+    ("masked-autoencoder", {"patch": 2, "width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_depth": 1}),
+]
 
 
 def generator(seed: int = 0) -> Generator:
@@ -38,6 +42,12 @@ class Wavy(Purifier):
 
     def attempts(self, images: Tensor, holes: Tensor) -> tuple[Tensor, ...]:
         return (0.5 + 0.3 * torch.sin(7 * images + 3 * images.roll((1, 3), (2, 3)) + 2 * holes),)
+
+
+def tiny(name: str, **options: Any) -> Purifier:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_purifier(name, channels=2, size=8, **options)
 
 
 def classifier(seed: int = 0, channels: int = 2) -> nn.Module:
@@ -203,25 +213,13 @@ def test_rt3_joins_what_was_missing_of_each_view(masks: Masks, missing: float) -
     assert torch.equal(whole.purify(of, draw), expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("inpainting", {"width": 4, "halvings": 1, "dilations": 2, "attention": False}),
-        (
-            "masked-autoencoder",
-            {"patch": 2, "width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_depth": 1},
-        ),
-    ],
-)
+@pytest.mark.parametrize(("name", "options"), TINY)
 def test_rt3_joins_any_purifiers_views(name: str, options: dict[str, Any]) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        purifier = build_purifier(name, channels=2, size=8, **options)
-    whole = Purified(build_transform("rt3", size=8), purifier, classifier()).double()
+    whole = Purified(build_transform("rt3", size=8), tiny(name, **options), classifier()).double()
     of = images().double()
     draw = sample(whole.transform, of)
     x = (of + draw.noise).clamp(0, 1)
-    expected = torch.stack([m * purifier((1 - m) * x + m * 0.5, m) for m in draw.holes]).sum(0)
+    expected = torch.stack([m * whole.purifier((1 - m) * x + m * 0.5, m) for m in draw.holes]).sum(0)
     torch.testing.assert_close(whole.purify(of, draw), expected, rtol=0, atol=1e-12)
 
 
@@ -302,6 +300,25 @@ def test_gradients_are_those_of_finite_differences(name: str, votes: int) -> Non
         assert torch.equal(gradient != 0, seen == 1)  # what nobody sees does not count, all else does
 
 
+@pytest.mark.parametrize("transform", ["rt2", "rt3"])
+@pytest.mark.parametrize(("name", "options"), TINY)
+def test_gradients_through_real_purifiers_are_those_of_finite_differences(
+    transform: str, name: str, options: dict[str, Any]
+) -> None:
+    cells = build_transform(transform, size=8, sigma=0.02, cells=4)  # the autoencoder's patches
+    whole = Purified(cells, tiny(name, **options), classifier()).double()
+    of = (0.2 + 0.6 * images(2)).double()
+    draw = sample(whole.transform, of)
+    *_, last, _ = whole.purifier.parameters()
+    last.data.mul_(0.1)  # answers near grey, away from where they are cut
+    answers = whole.purifier.attempts(*whole.transform(of, draw))[-1]
+    assert answers.amin() > 0.1 and answers.amax() < 0.9
+    leaf = of.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: whole.at(x, [draw]), leaf, fast_mode=True, atol=1e-8, rtol=1e-4)
+    (gradient,) = torch.autograd.grad(whole.at(leaf, [draw])[:, 0].sum(), leaf)
+    assert gradient[(draw.holes.amin(0) == 0).expand_as(of)].abs().min() > 0
+
+
 @pytest.mark.parametrize("votes", [1, 2, 5])
 def test_votes_are_the_mean_of_probabilities(votes: int) -> None:
     whole, of = purified(votes), images()
@@ -345,6 +362,9 @@ def test_a_fixed_draw_is_fixed(name: str, votes: int, masks: Masks) -> None:
     assert torch.equal(logits, whole.at(of, draws))
     torch.testing.assert_close(torch.cat([known(one[None]) for one in of]), logits)  # the same for all images
     assert torch.equal(known(of[2:3]), whole.at(of[2:3], draws))
+    assert torch.equal(known.purify(of), whole.purify(of, draws[0]))
+    assert torch.equal(known.purify(of, draws[-1]), whole.purify(of, draws[-1]))
+    assert torch.equal(torch.get_rng_state(), before)
     draws_at_all = name != "rt1" or masks != "fixed"
     assert torch.equal(whole.fixed(of, generator(8))(of), logits) != draws_at_all
     assert {"noise", "holes"} <= set(dict(known.named_buffers()))  # they go where the network goes

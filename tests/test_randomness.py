@@ -11,6 +11,9 @@ import redan
 from redan.attacks import SearchModel, cw_margin
 from redan.attacks.base import Standing
 from redan.errors import UserError
+from redan.models.purified import Purified
+from redan.models.purifiers.base import Purifier
+from redan.models.random_transforms import RandomTransform
 from redan.threats import Linf
 
 GAPS = (10, 20, 30, 40)
@@ -80,6 +83,71 @@ def test_accuracies_of_a_noisy_threshold_are_those_of_the_normal_distribution(gr
         assert abs(counts.fixed.value - sum(right) / len(right)) < 0.12
     assert found.clean == found.randomised.clean.mean and found.robust == found.randomised.robust.mean
     assert found.curve == ()
+
+
+def bars(folder: Path, levels: dict[str, int], copies: int) -> str:
+    """Images of 8 x 8 with a bar of that grey level in the middle, by class."""
+    from PIL import Image
+
+    for name, level in levels.items():
+        for split in ("train", "test"):
+            for i in range(copies):
+                path = folder / split / name / f"{i:03d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image = Image.new("RGB", (8, 8))
+                image.paste((level, level, level), (3, 0, 5, 8))
+                image.save(path)
+    return f"folder:{folder}"
+
+
+def test_who_knows_the_draw_moves_pixels_to_the_side_that_it_fears(tmp_path: Path) -> None:
+    class Torn(nn.Module):
+        """Sure of dark and light while the bar is in the middle; each draw fears one of the sides."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            side = (images * torch.linspace(-1, 1, 8)).mean((1, 2, 3))
+            fear = torch.where(torch.rand(len(images)) < 0.5, -1.0, 1.0)
+            light = torch.where(images.flatten(1).amax(1) > 0.6, 1.0, -1.0)
+            margin = 100 * light * (0.01 + 0.01 * torch.rand(len(images)) + fear * side)
+            return torch.stack([-margin, margin], 1)
+
+    data = bars(tmp_path / "bars", {"dark": 80, "light": 250}, 20)
+    with pytest.warns(UserWarning, match="draws at random"):
+        found = redan.evaluate(Torn(), data=data, threat="stadv:0.5", attack="stadv-10", draws=6, progress=False)
+    assert found.randomised is not None
+    assert found.randomised.clean.mean.value == found.randomised.clean.fixed.value == 1
+    # A bar on one side is right in half of the draws, and with a draw that is known it is on the wrong one.
+    assert abs(found.randomised.robust.mean.value - 0.5) < 4 * math.sqrt(0.25 / 6 / found.samples) + 1 / found.samples
+    assert found.randomised.robust.fixed.correct == 0
+
+
+def test_an_attack_on_the_bare_classifier_may_help_the_network(greys: str) -> None:
+    class Negative(Purifier):
+        criterion = "l1"
+
+        def attempts(self, images: Tensor, holes: Tensor) -> tuple[Tensor, ...]:
+            return (1 - images,)
+
+    class Brightness(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            margin = images.flatten(1).mean(1) - 0.5
+            return torch.stack([-margin, margin], 1)
+
+    transform = RandomTransform(size=4, cells=1, sigma=0.0, missing=0.0)
+    found = redan.evaluate(
+        Purified(transform, Negative(), Brightness()).eval(),
+        data=greys,
+        threat="linf:15/255",
+        attack="purification-5",
+        curve=False,
+        progress=False,
+    )
+    # All are taken for the contrary. What darkens light images and lightens dark ones past the middle, a gap of 10 but
+    # not of 20, puts these right; as a worst case they stay wrong, and so does the figure after each attack.
+    assert found.clean.correct == found.robust.correct == 0
+    assert found.transferred is not None
+    assert found.transferred.correct == found.samples // len(GAPS) > 0
+    assert set(found.attacks.values()) == {0.0}
 
 
 def test_luck_is_no_defeat(greys: str) -> None:

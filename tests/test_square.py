@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
-from redan.attacks import Outcome, SearchModel
+from redan.attacks import Outcome, SearchModel, cw_margin
 from redan.attacks.square import MOVES, Square, share
 from redan.errors import UserError
 from redan.threats import L1, L2, THREATS, Linf, LpBall
@@ -230,6 +230,32 @@ def test_restarts_are_for_those_that_stand() -> None:
     ]
     assert 0.05 < fallen[0] < 0.45  # a quarter
     assert 0.4 < fallen[1] < 0.75  # 1 - (3/4)^3 = 0.58
+
+
+def test_of_a_model_that_draws_the_mean_margin_is_climbed() -> None:
+    class Turning(nn.Module):
+        """Three classes; one pass after the other fears class 1 or class 2, the more the brighter an image is.
+
+        The mean logits of both passes do not depend on the image, their margins do, alike in each.
+        """
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += 1
+            fear = x.flatten(1).mean(1) * (1 if self.passes % 2 else -1)
+            return torch.stack([torch.full_like(fear, 9.0), fear, -fear], 1)
+
+    images, threat = pixels(3, 4, 1, 4, 4), Linf(0.2)
+    search = SearchModel(Turning(), precision="float32", draws=2)
+    logits, values = search.values(images, cw_margin, zeros(4))
+    mean = images.flatten(1).mean(1)
+    assert torch.allclose(values, mean - 9) and torch.allclose(cw_margin(logits, zeros(4)), torch.full((4,), -9.0))
+    outcome = Square(threat, queries=600).run(search, images, zeros(4), draws())
+    assert torch.equal(outcome.images, corner(threat, images, torch.ones(1)))
+    assert (outcome.calls == 2 * (600 + 600 + 1)).all()  # asked for the margin, judged as often, and once at the end
 
 
 # What is inside, and what counts

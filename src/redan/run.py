@@ -194,11 +194,20 @@ def take_over(method: Method, recipe: Recipe, dataset: Dataset) -> None:
         described = load_recipe(source).purification
         if not isinstance(other, AToP) or described is None:
             raise UserError(f"purification.trained_purifier: {source} trained no purifier")
-        if done <= described.classifier_training.epochs and described.trained_purifier is None:
-            raise UserError(f"purification.trained_purifier: {source} has not come to train its purifier yet")
+        before = described.classifier_training.epochs + described.pretraining.epochs
+        if done < before and described.trained_purifier is None:
+            raise UserError(
+                f"purification.trained_purifier: {source} has not finished training its purifier: go on with "
+                f"redan train {source} --out {source} --resume"
+            )
         _check_alike("purifier", described.purifier, recipe.purification.purifier, source)
         _fill(method.pipeline.purifier, other.pipeline.purifier, source)
-        if method.discriminator is not None and other.discriminator is not None:
+        if method.discriminator is not None:
+            if other.discriminator is None:
+                raise UserError(
+                    f"purification.trained_purifier: {source} trained no discriminator to go on with; set "
+                    "purification.discriminator to null"
+                )
             _fill(method.discriminator, other.discriminator, source)
 
 

@@ -135,6 +135,11 @@ class Standing:
         with torch.no_grad():
             return self._search.logits(images)
 
+    def values(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and objective at ``images`` ``(k, c, h, w)``, one forward pass and no gradient."""
+        self._calls[self.rows] += self._search.draws
+        return self._search.values(images, objective, reference)
+
     def gradient(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, objective and gradient at ``images`` ``(k, c, h, w)``, one forward and one backward pass."""
         self._calls[self.rows] += self._search.draws

@@ -138,6 +138,20 @@ class SearchModel:
             total = total + self._logits(images)
         return total / self.draws
 
+    @torch.no_grad()
+    def values(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``(n, classes)`` and objective ``(n,)``, each the mean of the draws: ``gradient`` without a gradient.
+
+        The mean objective is not that of the mean logits, in which what one draw gets wrong another may make good.
+        """
+        self.heartbeat(self.draws * len(images))
+        logits = self._logits(images)
+        values = objective(logits, reference)
+        for _ in range(self.draws - 1):
+            more = self._logits(images)
+            logits, values = logits + more, values + objective(more, reference)
+        return logits / self.draws, values / self.draws
+
     def gradient(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``(n, classes)``, objective ``(n,)`` and its gradient with respect to the images ``(n, c, h, w)``.
 

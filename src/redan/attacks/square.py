@@ -44,6 +44,8 @@ def share(proposal: int) -> float:
 class Square(Attack):
     """The Square attack: keeps a random change of a square window wherever it raises the margin.
 
+    Of a model that draws at random that is the mean margin of the draws.
+
     Args:
         threat: Linf, L2 or L1.
         queries: forward passes a restart, its start included, at least 1.
@@ -86,8 +88,7 @@ class Square(Attack):
                 candidate = moves.start(standing.center, generator)
             else:
                 candidate = moves.propose(best, standing.center, self.p_init * share(query - 1), generator)
-            logits = standing.logits(candidate)
-            value = cw_margin(logits, standing.labels)
+            logits, value = standing.values(candidate, cw_margin, standing.labels)
             better = (value > best_value).nonzero().squeeze(1)
             if len(better):
                 best[better], best_value[better] = candidate[better], value[better]

@@ -6,13 +6,14 @@ again in float32, in evaluation mode and inside the exact threat; one row an ima
 
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from redan.attacks.base import Attack
 from redan.attacks.search import Precision
 from redan.certification.verifier import Verifier
 from redan.data.pipeline import center_crop, to_float
@@ -28,7 +29,7 @@ from redan.evaluation.kept import DRAWS, Kept, fingerprint
 from redan.evaluation.pictures import adversarial_images, gallery, on_the_way
 from redan.evaluation.progress import EvaluationProgress
 from redan.evaluation.protocol import default_protocol, parse_protocol, purification_steps
-from redan.evaluation.purification import OBLIVIOUS, describe, transform_facts, views
+from redan.evaluation.purification import OBLIVIOUS, at_known_draw, describe, transform_facts, views
 from redan.evaluation.results import CERTIFICATES, Accuracy, ConvergencePoint, CurvePoint, Evaluation, Randomised, Row
 from redan.evaluation.stages import CURVE, CURVE_RADII, Stages
 from redan.evaluation.subject import asked_threat, find_subject, normalised
@@ -36,6 +37,7 @@ from redan.evaluation.survey import Survey
 from redan.models.purified import Purified
 from redan.run import Checkpoint
 from redan.seeds import derive_seed, generator
+from redan.spatial import Flow
 from redan.threats import LpBall, Threat
 from redan.version import __version__
 
@@ -218,7 +220,8 @@ def evaluate(
         robust=found.robust,
         clean_accuracy=found.clean.value,
         robust_accuracy=found.robust.value,
-        attacks=_standing_after(found.attacks, rows),
+        attacks=_standing_after(found.titles, rows) if found.randomised is None else found.randomised.after,
+        transferred=found.transferred,
         seconds=round(time.perf_counter() - started + survey.earlier_seconds, 3),
         model_calls=sum(row.model_calls for row in rows),
         randomised=found.randomised,
@@ -240,7 +243,8 @@ class _Found(NamedTuple):
 
     clean: Accuracy
     robust: Accuracy
-    attacks: tuple[str, ...]
+    titles: tuple[str, ...]
+    transferred: Accuracy | None
     randomised: Randomised | None
     curve: tuple[CurvePoint, ...]
     convergence: tuple[ConvergencePoint, ...]
@@ -261,25 +265,34 @@ def _attacked(stages: Stages, survey: Survey, protocol: str, name: str, *, curve
             f"{' and '.join(attacks)}, and accuracy is counted by four rules",
             stacklevel=3,
         )
-    after = stages.meet(survey, attacks, seen)
+    after, transferred = stages.meet(survey, attacks, seen)
     ball = threat if isinstance(threat, LpBall) else None
     titles = tuple(attacks)
-    account = "" if steps is None else describe(titles, seen, steps, draws)
+
+    def account(known: Mapping[str, Attack], studied: int) -> str:
+        if steps is None:
+            return ""
+        return describe(attacks, known, threat, seen=seen, steps=steps, draws=draws, studied=studied)
+
     if not survey.random:
         if curve and ball is not None:
             stages.meet_radii(survey, ball)
             titles = (*titles, CURVE)
         clean, robust = (Accuracy.of(int(who.sum()), stages.count) for who in (survey.right, survey.stands))
         points = _curve(ball, clean, survey.least) if curve and ball is not None else ()
-        return _Found(clean, robust, titles, None, points, (), account)
-    known: Survey | None = None
+        return _Found(clean, robust, titles, transferred, None, points, (), account({}, 0))
     study: tuple[ConvergencePoint, ...] = ()
-    if steps is not None and ball is not None:
-        study = stages.converge(survey, ball, steps) if convergence else ()
-        known = stages.known_draw(survey, network, ball, steps) if isinstance(network, Purified) else None
+    if steps is not None and ball is not None and convergence:
+        study = stages.converge(survey, ball, steps)
+    known, aware = None, randomness.at_fixed_draw(threat)
+    if steps is not None and isinstance(network, Purified):
+        assert isinstance(threat, LpBall | Flow)  # the protocol takes no other
+        aware = at_known_draw(threat, steps, stages.classes)
+        known = stages.known_draw(survey, network, aware)
     counts = randomness.count(survey, network, threat, draws, derive_seed(stages.seed, "fixed"), known)
     randomised = Randomised(draws=draws, clean=counts[0], robust=counts[1], after=after)
-    return _Found(randomised.clean.mean, randomised.robust.mean, titles, randomised, (), study, account)
+    said = account(aware, study[0].accuracy.samples if study else 0)
+    return _Found(randomised.clean.mean, randomised.robust.mean, titles, transferred, randomised, (), study, said)
 
 
 def _standing_after(attacks: Iterable[str], rows: list[Row]) -> dict[str, float]:

@@ -7,7 +7,7 @@ worst candidate is kept.
 """
 
 import copy
-from collections.abc import Container, Iterable
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,8 @@ BPDA_STEPS = 50
 RESTARTS = 2
 STEP_SIZE = 0.007 / (8 / 255)  # of PGD by exact gradients, in units of the radius (Lee & Kim)
 QUERIES_A_STEP, QUERIES = 5, 1000  # of Square: so many a step of PGD, at most that many
-OBLIVIOUS = ("transfer", "bpda")  # attacks that search on a view of their own, see ``views``
+TRANSFER = "transfer"
+OBLIVIOUS = (TRANSFER, "bpda")  # attacks that search on a view of their own, see ``views``
 
 
 def purification(threat: Threat, steps: int, classes: int, *, random: bool) -> dict[str, Attack]:
@@ -43,7 +44,7 @@ def purification(threat: Threat, steps: int, classes: int, *, random: bool) -> d
 
     Args:
         threat: an Lp ball or a flow.
-        steps: of PGD and StAdv; few of them shorten the other attacks of a model that draws, too.
+        steps: of PGD and StAdv; fewer than ``STEPS`` shorten the other attacks, too.
         classes: of the model.
         random: whether the model draws at random; AutoAttack is the standard one where it does not.
 
@@ -55,7 +56,7 @@ def purification(threat: Threat, steps: int, classes: int, *, random: bool) -> d
     if isinstance(threat, Flow):
         through_all = StAdv(threat, steps=steps)
         return {
-            "transfer": through_all,
+            TRANSFER: through_all,
             "bpda": replace(through_all, steps=min(steps, BPDA_STEPS)),
             "stadv": through_all,
         }
@@ -63,16 +64,23 @@ def purification(threat: Threat, steps: int, classes: int, *, random: bool) -> d
         raise UserError(f"purification needs {LpBall.kind}, or {Flow.kind}, got {threat}")
     exact = exact_pgd(threat, steps)
     parts: dict[str, Attack] = {
-        "transfer": PGD(threat, steps=steps, drop_broken=False),
+        TRANSFER: PGD(threat, steps=steps, drop_broken=False),
         "bpda": PGD(threat, steps=min(steps, BPDA_STEPS), objective=cw_margin),
         "pgd:ce": exact,
         "pgd:cw": replace(exact, objective=cw_margin),
     }
     if not random:
-        return parts | AutoAttack(threat).parts(classes)
+        return parts | at_known_draw(threat, steps, classes)
     queries = min(QUERIES_A_STEP * steps, QUERIES)
     square = {f"square-{queries}": Square(threat, queries=queries)}
     return parts | shortened(AutoAttack(threat, "rand").parts(classes), steps) | square
+
+
+def at_known_draw(threat: LpBall | Flow, steps: int, classes: int) -> dict[str, Attack]:
+    """The attacks on a network that draws nothing, or whose one draw is known, by name and in order."""
+    if isinstance(threat, Flow):
+        return {"stadv": StAdv(threat, steps=steps)}
+    return shortened(AutoAttack(threat).parts(classes), steps)
 
 
 def shortened(attacks: dict[str, Attack], steps: int) -> dict[str, Attack]:
@@ -96,7 +104,7 @@ def views(network: nn.Module) -> dict[str, nn.Module]:
     """What the attacks of ``OBLIVIOUS`` search on; of a network that purifies nothing there are none."""
     if not isinstance(network, Purified):
         return {}
-    return {"transfer": network.classifier, "bpda": bypassing(network)}
+    return {TRANSFER: network.classifier, "bpda": bypassing(network)}
 
 
 def transform_facts(network: nn.Module) -> dict[str, Any] | None:
@@ -131,7 +139,8 @@ def bypassing(network: Purified) -> Purified:
 class Oblivious(SearchModel):
     """A part of a network, attacked in the place of the whole.
 
-    What breaks the part says nothing of the whole, so no image counts as broken, and attacks go on to their last step.
+    What breaks the part says nothing of the whole, so no image counts as broken, and attacks go on to their last step
+    with the batch whole.
     """
 
     def score(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -139,21 +148,60 @@ class Oblivious(SearchModel):
         return torch.zeros(len(labels), device=labels.device)
 
 
-def describe(attacks: Iterable[str], seen: Container[str], steps: int, draws: int) -> str:
+def describe(
+    attacks: Mapping[str, Attack],
+    known: Mapping[str, Attack],
+    threat: Threat,
+    *,
+    seen: Container[str],
+    steps: int,
+    draws: int,
+    studied: int,
+) -> str:
     """One line that says what was done.
 
     Args:
-        attacks: names of those that images met, in order.
+        attacks: those that images met, by name and in order.
+        known: likewise those on one draw that the attacker knows; none for a network without randomness.
+        threat: as asked for.
         seen: names of the views that there were.
         steps: of the protocol.
-        draws: passes behind each gradient; 1 for a network without randomness.
+        draws: passes behind each gradient and each value; 1 for a network without randomness.
+        studied: images of the study of convergence, 0 without one.
     """
-    names = list(attacks)
-    restarts = f", {RESTARTS} restarts each" if "pgd:ce" in names else ""
+    flows = isinstance(threat, Flow)
+    done = [f"shortened from {STEPS} to {steps} steps"] if steps < STEPS else []
+    done.append(f"in order {_efforts(attacks, draws)}")
     left = [f"{title} (nothing purifies)" for title in OBLIVIOUS if title not in seen]
+    if flows:
+        left.append("PGD, AutoAttack, Square, convergence (for Lp threats)")
     if draws == 1:
-        left.append("averages over draws (there is no randomness)")
-    return (
-        f"{steps} steps x EOT {draws} by exact gradients{restarts}; in order {', '.join(names)}; "
-        f"left out: {', '.join(left) or 'nothing'}"
-    )
+        left.append(f"averages over draws, one known draw{'' if flows else ', convergence'} (there is no randomness)")
+    else:
+        whole = not flows and TRANSFER in seen
+        done.append(f"{'AutoAttack at one known draw' if whole else 'one known draw'}: {_efforts(known, 1)}")
+        if not flows and not whole:
+            left.append("AutoAttack at one known draw (nothing purifies)")
+        if studied:
+            done.append(f"convergence on {studied} images")
+        elif not flows:
+            left.append("convergence (not asked for)")
+    return "; ".join([*done, f"left out: {', '.join(left) or 'nothing'}"])
+
+
+def _efforts(attacks: Mapping[str, Attack], draws: int) -> str:
+    """Each attack's name, with what it spends on an image that stands to the end."""
+    told = []
+    for title, attack in attacks.items():
+        if isinstance(attack, Square):
+            spent, restarts = f"{attack.queries} queries", attack.restarts
+        else:
+            assert isinstance(attack, PGD | APGD | TargetedAPGD | FAB | StAdv)
+            spent = f"{attack.steps} steps"
+            restarts = attack.restarts if isinstance(attack, PGD | APGD | FAB) else 1
+        if draws > 1:
+            spent += ", no EOT" if title == TRANSFER else f" x EOT {draws}"
+        if isinstance(attack, TargetedAPGD | FAB) and attack.targets is not None:
+            spent += f", up to {attack.targets} targets"
+        told.append(f"{title} ({spent}{f', {restarts} restarts' if restarts > 1 else ''})")
+    return ", ".join(told)

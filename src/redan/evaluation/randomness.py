@@ -8,11 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from redan.attacks.base import Attack
 from redan.attacks.objectives import cw_margin
 from redan.attacks.pgd import PGD
 from redan.attacks.search import SearchModel
+from redan.attacks.stadv import StAdv
+from redan.evaluation.purification import Oblivious
 from redan.evaluation.results import Accuracy, Counts
 from redan.evaluation.survey import Survey
+from redan.spatial import Flow
 from redan.threats import LpBall, Threat
 
 FIXED_STEPS = 50
@@ -51,7 +55,7 @@ def count(
         draws: passes that are counted.
         seed: of the draws.
         known: the images after attacks on one draw of the network that the attacker knows. Without it, all torch
-            randomness is fixed, and PGD on the margin attacks that; a threat without a norm has no such attack.
+            randomness is fixed, and ``at_fixed_draw`` attacks that.
     """
     judge = SearchModel(network, draws=1)
 
@@ -74,19 +78,24 @@ def count(
     return _count(torch.cat(clean, 1), labels, stood[0]), _count(torch.cat(attacked, 1), labels, stood[1])
 
 
+def at_fixed_draw(threat: Threat) -> dict[str, Attack]:
+    """The attack, by name, on a network whose torch randomness is fixed; none for a threat that is no ball or flow."""
+    if isinstance(threat, LpBall):
+        return {"pgd:cw": PGD(threat, steps=FIXED_STEPS, objective=cw_margin, drop_broken=False)}
+    return {"stadv": StAdv(threat, steps=FIXED_STEPS)} if isinstance(threat, Flow) else {}
+
+
 def _fixed(survey: Survey, network: nn.Module, threat: Threat, seed: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Which of a batch are right, clean and attacked, where one draw is fixed and known: bool ``(n,)`` each."""
-    fixed = SearchModel(Fixed(network, seed), precision="float32")
-    attack = (
-        PGD(threat, steps=FIXED_STEPS, objective=cw_margin, drop_broken=False) if isinstance(threat, LpBall) else None
-    )
+    fixed = Oblivious(Fixed(network, seed), precision="float32")  # an image that left would move the draws of others
 
     def stand(part: Tensor) -> tuple[Tensor, Tensor]:
-        images, labels, adversarial = survey.images(part), survey.labels[part].to(fixed.device), survey.attacked(part)
-        draw = torch.Generator().manual_seed(seed)
-        found = attack.run(fixed, images, labels, draw).images if attack is not None else adversarial
-        clean, attacked, again = (fixed.exact_logits(x).argmax(1) == labels for x in (images, adversarial, found))
-        return clean.cpu(), (attacked & again).cpu()
+        images, labels = survey.images(part), survey.labels[part].to(fixed.device)
+        found = [survey.attacked(part)]
+        for attack in at_fixed_draw(threat).values():
+            found.append(attack.run(fixed, images, labels, torch.Generator().manual_seed(seed)).images)
+        clean, *attacked = (fixed.exact_logits(x).argmax(1) == labels for x in (images, *found))
+        return clean.cpu(), torch.stack(attacked).all(0).cpu()
 
     return stand
 

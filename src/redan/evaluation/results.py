@@ -159,8 +159,11 @@ class Check(Frozen):
 class Evaluation(ResultFile):
     """The result of ``redan evaluate``: who stood, who fell, to what, and at which price.
 
-    ``account`` is one line on what was done, where the attack's name does not say it; ``fingerprint`` is a digest of
-    all that the result depends on.
+    ``attacks`` is the accuracy after each attack in order: the share of images that are right and have not fallen, or
+    of a model that draws at random ``Randomised.after``. ``transferred`` is the accuracy on the images of the attack
+    ``transfer`` alone, of all images and the mean of the draws, as papers have it that attack the bare classifier:
+    above the clean accuracy it says that the attack saw nothing of the network. ``account`` is one line on what was
+    done, where the attack's name does not say it; ``fingerprint`` is a digest of all that the result depends on.
     """
 
     kind = "an evaluation"
@@ -186,6 +189,7 @@ class Evaluation(ResultFile):
     certified_timeout: float | None = None
     certified_sound_float: str | None = None
     attacks: dict[str, float]
+    transferred: Accuracy | None = None
     seconds: float
     model_calls: int
     randomised: Randomised | None = None

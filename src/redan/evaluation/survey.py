@@ -151,7 +151,7 @@ class Survey:
         who: Tensor,
         seed: tuple[int | str, ...],
         radius: float,
-    ) -> None:
+    ) -> Tensor:
         """Let images meet an attack.
 
         Args:
@@ -162,14 +162,32 @@ class Survey:
             who: who meets it, bool ``(count,)``.
             seed: of its randomness; each batch has a seed of its own.
             radius: who falls within it falls for good; farther finds only tell how near a broken image is.
+
+        Returns:
+            Share of draws that get each image wrong as this attack alone has it, whatever else is known of it: float32
+            ``(count,)``, 0 for those that did not meet it.
         """
-        left = who.clone()
+        left, alone = who.clone(), torch.zeros(len(who))
         for piece in self._journal.pieces(work):
             self._enter(title, piece, radius)
             self.earlier_seconds += float(piece["seconds"])
-            left[piece["met"]] = False
+            left[piece["met"]], alone[piece["hurt"]] = False, piece["score"]
         for piece in self.each_batch(left.nonzero().squeeze(1), lambda met: self._attack(attack, search, met, seed)):
             self._journal.write(work, int(piece["met"][0]), piece)
+            self._enter(title, piece, radius)
+            alone[piece["hurt"]] = piece["score"]
+        return alone
+
+    def offer(self, title: str, other: "Survey", threat: Threat, radius: float) -> None:
+        """Let images meet the worst that another survey of the same images knows of each.
+
+        Args:
+            title: as for ``meet``.
+            other: the survey that knows it.
+            threat: that it lies in.
+            radius: as for ``meet``.
+        """
+        for piece in self.each_batch(other.found(), lambda met: self._judged(met, other.attacked(met), threat)):
             self._enter(title, piece, radius)
 
     def _attack(
@@ -181,21 +199,29 @@ class Survey:
             torch.manual_seed(derive_seed(*seed, int(met[0]), "model"))
         images, labels = self.images(met), self.labels[met].to(self._device)
         outcome = attack.run(search, images, labels, draws)
-        # Whatever the attack says: the original judges, in float32 and inside the exact threat.
-        score = self.judge.score(outcome.images, labels) * attack.threat.contains(outcome.images, images)
+        piece = self._judged(met, outcome.images, attack.threat)
+        piece["calls"] += outcome.calls.cpu()
+        return piece | {"seconds": torch.tensor(time.perf_counter() - started)}
+
+    def _judged(self, met: Tensor, found: Tensor, threat: Threat) -> dict[str, Tensor]:
+        """The same of images ``(n, c, h, w)`` that somebody found.
+
+        Whatever they say: the original judges, in float32 and inside the exact threat.
+        """
+        images, labels = self.images(met), self.labels[met].to(self._device)
+        score = self.judge.score(found, labels) * threat.contains(found, images)
         hurt = score > 0
         told = score[hurt]
         if self.random and hurt.any():
-            told = self.judge.score(outcome.images[hurt], labels[hurt])
+            told = self.judge.score(found[hurt], labels[hurt])
         return {
             "met": met,
-            "calls": outcome.calls.cpu() + self.judge.draws,
+            "calls": torch.full((len(met),), self.judge.draws),
             "hurt": met[hurt.cpu()],
             "score": score[hurt].cpu(),
             "told": told.cpu(),
-            "images": outcome.images[hurt].cpu(),
-            "distance": _distance(attack.threat, outcome.images, images)[hurt].cpu(),
-            "seconds": torch.tensor(time.perf_counter() - started),
+            "images": found[hurt].cpu(),
+            "distance": _distance(threat, found, images)[hurt].cpu(),
         }
 
     def _enter(self, title: str, piece: dict[str, Tensor], radius: float) -> None:

@@ -42,7 +42,8 @@ class AToPConfig(Config):
         adversary: where the attack of finetuning takes its gradients from: the whole pipeline (``end_to_end``, as the
             paper writes it), the bare classifier (``classifier``, as its public code has it), or there is none.
         weight: lambda, of the cross-entropy in finetuning; 0.1 as published.
-        cross_entropy_from: how many epochs of finetuning pass before that term counts; 0 in the paper, 3 in the code.
+        cross_entropy_from: how many epochs of finetuning pass before that term counts; 0 in the paper, 2 in the code,
+            whose epochs are of 5,000 images.
         l_org_target: what L_org is of in finetuning: the adversarial images, which are then input and target, or clean
             ones, which take a pass of their own, as in the run whose log is published.
         gan_gradient: whether the hinge term reaches g (``live``), or, as in the public code, does not (``detached``).
@@ -67,7 +68,7 @@ class AToP(NetworkMethod):
 
     Args:
         discriminator: D, ``(images, holes)`` to scores; None trains g without.
-        config: the rest, see there.
+        config: the rest, see there; where its adversary is ``none``, the one that is given counts for nothing.
     """
 
     attack_start = "image"
@@ -75,6 +76,8 @@ class AToP(NetworkMethod):
 
     def __init__(self, *args: Any, discriminator: nn.Module | None, config: AToPConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if config.adversary == "none":
+            self.adversary = None
         if not isinstance(self.network, Purified):
             raise UserError("AToP trains a purifier before a classifier, not a plain network")
         if self.adversary is not None and self.adversary.mode != "eval":
@@ -120,7 +123,7 @@ class AToP(NetworkMethod):
         """See ``Method.perturb``; before finetuning the images themselves."""
         if self.draws is not None:
             self._seed = int(torch.randint(2**62, (), generator=self.draws))
-        if self._phase != FINETUNING or self.config.adversary == "none" or self.adversary is None:
+        if self._phase != FINETUNING or self.adversary is None:
             return batch.images
         search = self.search if self.config.adversary == "end_to_end" else self._bare[0]
         search.refresh()
@@ -157,9 +160,9 @@ class AToP(NetworkMethod):
         return (self._bare[0] if self._phase == CLASSIFIER else self.search).exact_logits(images)
 
     @property
-    def selects_by(self) -> Literal["clean", "robust"]:
-        """Finetuning is for robustness, what comes before it is not."""
-        return "robust" if self._phase == FINETUNING else "clean"
+    def selects_by(self) -> Literal["clean", "robust", "last"]:
+        """See ``NetworkMethod.selects_by``; finetuning is for robustness, what comes before it is not."""
+        return super().selects_by if self._phase == FINETUNING else "clean"
 
     def _classification(self, batch: Batch, logits: Tensor) -> Tensor:
         targets = self.targets(batch.labels, batch.indices, logits.shape[1])

@@ -67,6 +67,8 @@ class Purified(nn.Module):
 class FixedDraw(Purified):
     """A purified classifier that knows its draws beforehand: a network without randomness.
 
+    Several draws are of votes; ``purify`` gives the images that the first one sees.
+
     Args:
         network: the purified classifier, whose parts this one shares.
         draws: for one image each, one a vote.
@@ -83,3 +85,7 @@ class FixedDraw(Purified):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.at(images, map(Draw, self.noise, self.holes))
+
+    def purify(self, images: Tensor, draw: Draw | None = None) -> Tensor:
+        """See ``Purified.purify``; the first known draw if None is given."""
+        return super().purify(images, Draw(self.noise[0], self.holes[0]) if draw is None else draw)

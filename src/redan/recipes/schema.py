@@ -90,7 +90,8 @@ class PurificationConfig(AToPConfig):
 
     ``discriminator`` is the width of an SN-PatchGAN, null trains the purifier without. ``votes`` draws answer together.
     ``trained_classifier`` is a run whose best network the classifier is, ``trained_purifier`` an AToP run whose last
-    purifier and discriminator training goes on with; each makes the phase superfluous that would train it.
+    purifier and discriminator training goes on with; each makes the phase superfluous that would train it. So may a
+    purifier of the user's own, which can come trained.
     """
 
     transform: NamedOptions = Field(NamedOptions(name="rt2"), validate_default=True)
@@ -100,10 +101,22 @@ class PurificationConfig(AToPConfig):
     trained_classifier: str | None = None
     trained_purifier: str | None = None
 
+    @field_validator("weight", "cross_entropy_from", mode="before")
+    @classmethod
+    def _may_be_fractions(cls, value: Any) -> float:
+        return _number(value)
+
     @field_validator("transform")
     @classmethod
     def _with_transform_options(cls, named: NamedOptions) -> NamedOptions:
-        return _with_options("transform", named, transform_options(named.name))
+        known = transform_options(named.name)
+        named = _with_options("transform", named, known)
+        numbers = {
+            option: _number(value)
+            for option, value in named.options.items()
+            if isinstance(known[option], float) and isinstance(value, str)
+        }
+        return NamedOptions(name=named.name, options=named.options | numbers)
 
     @field_validator("purifier")
     @classmethod
@@ -121,6 +134,12 @@ class PurificationConfig(AToPConfig):
             raise ValueError(
                 "the classifier would stay untrained: set classifier_training.epochs or trained_classifier"
             )
+        if self.trained_purifier is None and not self.pretraining.epochs and ":" not in self.purifier.name:
+            raise ValueError(
+                "the purifier would come untrained into finetuning: set pretraining.epochs or trained_purifier"
+            )
+        if self.gan_gradient == "detached" and self.discriminator is None:
+            raise ValueError("gan_gradient: detached is of a discriminator, and there is none: leave it out or set one")
         return self
 
 
