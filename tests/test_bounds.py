@@ -457,6 +457,32 @@ def test_parts_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+@pytest.mark.parametrize("iterations", [0, 1])
+def test_parts_of_zonotopes_keep_to_their_size(iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few inputs, and many ReLUs that may be on or off."""
+    network = dense(0, hidden=(40, 60), inputs=3)
+    region, specification = problem(network, Linf(0.3), images=6)
+    sizes: list[tuple[int, int]] = []  # of each pass: images, and the numbers of the generators that count
+
+    class Watched(_Propagation):
+        def _enclose(self, position: int, element: Element) -> tuple[Tensor, Tensor]:
+            numbers = sum(it.numel() for it in element.groups.values())
+            before = sizes.pop()[1] if position else 0
+            sizes.append((len(element.centre), before + numbers if iterations else max(before, numbers)))
+            return super()._enclose(position, element)
+
+    monkeypatch.setattr("redan.certification.zonotope._Propagation", Watched)
+    bounder = Zonotope(iterations)
+    whole = bounder(network, region, specification)
+    images, numbers = max(sizes)
+    assert images == 6
+    del sizes[:]
+    monkeypatch.setattr("redan.certification.zonotope.CHUNK", numbers // 2)
+    found = bounder(network, region, specification)
+    assert all(it <= numbers // 2 for _, it in sizes) and 1 < max(sizes)[0] < 6
+    torch.testing.assert_close(found.margins, whole.margins, atol=1e-5, rtol=0)
+
+
 # Rounding
 
 

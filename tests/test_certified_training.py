@@ -599,9 +599,14 @@ def test_training_on_bounds_makes_bounds_hold(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["ibp", "crown-ibp", "sabr", "mtl-ibp"])
 def test_the_mini_recipes_take_as_many_steps_as_colts(name: str) -> None:
     recipe, colt = load_recipe(f"{name}-mnist-mini"), load_recipe("colt-mnist-mini")
+    assert recipe.method.name == name
     assert recipe.epochs == colt.epochs * len(colt.method.options["layers"])
     same = ("data", "model", "threat", "batch_size")
     assert all(getattr(recipe, key) == getattr(colt, key) for key in same)
+    other, ibp = load_recipe(f"{name}-mnist-mini-cnn7"), load_recipe("ibp-mnist-mini-cnn7")
+    assert other.model == ibp.model and other.model.name == "cnn7"
+    differ = {"name", "description", "model"}
+    assert other.model_dump(exclude=differ) == recipe.model_dump(exclude=differ)
 
 
 # What cannot be.

@@ -196,18 +196,27 @@ def test_a_phase_changes_nothing_before_its_layer(big: bool) -> None:
         assert len(frozen) == 2 * j
 
 
-PUBLISHED: dict[str, dict[str, list[Any]]] = {
+# Of the attack in the authors' script: times that the gradient is computed, the last of which moves nothing.
+EVALUATIONS = 8
+
+PUBLISHED: dict[str, dict[str, Any]] = {
     "colt-cifar10-2-convmedbig": {
         "radius": [2.795, 2.541, 2.310, 2.100],
         "rate": [0.03, 0.0225, 0.016875, 0.01265625],
         "stability": [0.005, 0.0075, 0.01125],
         "attacked": [0, 3, 5, 7],
+        "model": ("convmedbig", {"w1": 2, "w2": 2, "w3": 4, "hidden": 250}),
+        "batch_size": 100,
+        "l1": 1e-5,
     },
     "colt-cifar10-8-convmed": {
         "radius": [12.096, 10.080, 8.400],
         "rate": [0.03, 0.015, 0.0075],
         "stability": [0.003, 0.0045],
         "attacked": [0, 3, 5],
+        "model": ("convmed", {"w1": 2, "w2": 4, "hidden": 250}),
+        "batch_size": 150,
+        "l1": 5e-6,
     },
 }
 
@@ -231,10 +240,37 @@ def test_published_recipes_have_the_published_numbers(name: str) -> None:
     attacked = found["attacked"]
     assert attacked == published["attacked"]
     assert found["before"] == [None, *attacked[:-1]] and found["after"] == [*attacked[1:], None]
-    assert method.attack.steps == 7 and method._share == pytest.approx(0.25) and method.mixing == 60
+    assert method.attack.steps == EVALUATIONS - 1
+    assert method._share == pytest.approx(0.25) and method.mixing == 60
+    assert (method.l1, method.projections) == (published["l1"], 50)
+    assert (recipe.batch_size, recipe.seed) == (published["batch_size"], 100)
+    assert (recipe.model.name, recipe.model.options) == published["model"]
+    data = recipe.data
+    assert (data.name, data.padding, data.flip) == ("cifar10", 4, True)
+    assert (data.validation_samples, data.train_samples, data.indices) == (0, None, None)  # all 50,000
     # Halved after 70, 80, ... epochs.
     factors = [learning_rate_factor(recipe.schedule, epoch, 200) for epoch in (0, 69.9, 70, 79.9, 80, 195)]
     assert factors == [1, 1, 0.5, 0.5, 0.25, 0.5**13]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "radius", "widths"),
+    [
+        ("colt-mnist-0.1-convmed", "mnist", 0.1, {"w1": 2, "w2": 2, "hidden": 100}),
+        ("colt-mnist-0.3-convmed", "mnist", 0.3, {"w1": 2, "w2": 4, "hidden": 250}),
+        ("colt-svhn-0.01-convmed", "svhn", 0.01, {"w1": 2, "w2": 2, "hidden": 100}),
+    ],
+)
+def test_recipes_whose_numbers_are_not_published_have_what_is(
+    name: str, data: str, radius: float, widths: dict[str, int]
+) -> None:
+    recipe = load_recipe(name)
+    assert (recipe.data.name, recipe.data.padding, recipe.data.flip) == (data, 0, False)
+    assert recipe.parsed_threat() == Linf(radius)
+    assert (recipe.model.name, recipe.model.options) == ("convmed", widths)
+    assert recipe.attack.steps == EVALUATIONS - 1
+    assert recipe.attack.step_size == pytest.approx(radius / 4)
+    assert (recipe.epochs, recipe.method.options["mixing"]) == (200, 60)
 
 
 # The attack.
@@ -438,8 +474,9 @@ def test_a_resumed_run_comes_to_bitwise_the_same_weights(
     assert equal(weights(tmp_path / "parts"), weights(whole))
 
 
-def test_another_runs_network_takes_the_place_of_the_first_phase(tmp_path: Path, whole: Path) -> None:
-    plain = TINY | {"method": "pgd-at", "epochs": 1}
+@pytest.mark.parametrize("before", ["pgd-at", {"name": "arat", "split_bn": False, "layers": ["3"]}], ids=str)
+def test_another_runs_network_takes_the_place_of_the_first_phase(tmp_path: Path, whole: Path, before: Any) -> None:
+    plain = TINY | {"method": before, "epochs": 1}
     source = run(tmp_path / "source" / "run", plain)
     method = TINY["method"] | {"trained_network": str(source)}
     still = {"method": method, "optimizer": {"lr": 1e-30, "weight_decay": 0.0}}
@@ -511,6 +548,12 @@ def test_what_contradicts_itself_is_refused(options: dict[str, Any], message: st
 def test_other_attacks_are_refused(attack: Attack, message: str) -> None:
     with pytest.raises(UserError, match=message):
         COLT(tiny(), adversary=Adversary(attack), targets=LabelSmoothing())
+
+
+@pytest.mark.parametrize("adversary", [{"mode": "train"}, {"bn_momentum_in_attack": True}], ids=str)
+def test_modes_of_batch_norm_are_refused(adversary: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="no BatchNorm; leave attack.mode"):
+        COLT(tiny(), adversary=Adversary(PGD(Linf(0.1), 2, 0.1), **adversary), targets=LabelSmoothing())
 
 
 @pytest.mark.parametrize("key", ["weight_perturbation", "weight_averaging"])

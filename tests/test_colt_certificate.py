@@ -3,21 +3,24 @@
 import itertools
 import time
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from redan.certification import colt, verifier, zonotope
 from redan.certification.building import Builder
-from redan.certification.colt import LateMilp
+from redan.certification.colt import TRIES, LateMilp
 from redan.certification.interval import Interval
-from redan.certification.milp import Binaries, lp_refine, minimise
+from redan.certification.milp import Binaries, Minima, lp_refine, minimise
 from redan.certification.network import Linear, Network
 from redan.certification.regions import Bounds, Region, Specification
 from redan.certification.verifier import Verifier
 from redan.certification.zonotope import Zonotope, learn
 from redan.threats import Linf
-from tests.certification_cases import NETWORKS, problem
+from tests.certification_cases import NETWORKS, Asked, dense, exactly, points, problem, violations
 
 
 def least(network: Network, region: Region, specification: Specification, bounds: Bounds, binaries: Binaries) -> Tensor:
@@ -70,9 +73,9 @@ def test_what_it_certifies_is_so_and_with_all_exact_it_certifies_all_that_is(nam
     def certifies(certificate: LateMilp) -> bool:
         return certificate(network, region, specification, bounds, deadline=time.monotonic() + 20, tried=tried)
 
-    if certifies(LateMilp(iterations=2, binaries=1)):
+    if certifies(LateMilp(((1, 1),))):
         assert (exact > 0).all()
-    assert certifies(LateMilp(iterations=2, last_layers=9, binaries=99)) == bool((exact > 1e-6).all())
+    assert certifies(LateMilp(((1, 1), (9, 99)))) == bool((exact > 1e-6).all())
     for image in asked:
         assert (image >= region.lower[0] - 1e-9).all() and (image <= region.upper[0] + 1e-9).all()
 
@@ -87,7 +90,7 @@ def test_a_counterexample_ends_it() -> None:
         found.append(specification.values(network(image[None])).min())
         return True
 
-    certificate = LateMilp(iterations=2, last_layers=9, binaries=99)
+    certificate = LateMilp(((9, 99),))
     assert not certificate(network, region, specification, bounds, deadline=time.monotonic() + 20, tried=tried)
     assert len(found) == 1 and found[0] < 1e-6
 
@@ -107,6 +110,132 @@ def test_nothing_is_begun_after_the_deadline() -> None:
     layers = {i: (low.double(), high.double()) for i, (low, high) in bounds.layers.items()}
     low, high = lp_refine(network, region, layers, position, image=0, deadline=time.monotonic())
     assert not asked and (low == layers[position][0][0]).all() and (high == layers[position][1][0]).all()
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, *, lower: float = -1.0) -> list[dict[str, Any]]:
+    """The mixed-integer programs asked for, each of which comes to that bound in no time; no slope is learned."""
+    asked: list[dict[str, Any]] = []
+
+    def answered(*_: Any, **options: Any) -> Minima:
+        asked.append(options)
+        bound = torch.tensor([lower]).double()
+        return Minima((0,), bound, bound, (None,))
+
+    monkeypatch.setattr(colt, "minimise", answered)
+    monkeypatch.setattr(colt, "ITERATIONS", 0)
+    return asked
+
+
+def test_linear_programs_and_learning_leave_time_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = NETWORKS["dense"](4)
+    region, specification = problem(network, Linf(0.5), 4, images=1)
+    bounds = Zonotope()(network.to(torch.float32), region, specification)
+    clock = [100.0]
+    monkeypatch.setattr(colt, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    asked, limits = watched(monkeypatch), []
+
+    def takes_all(limited: Any) -> Any:
+        def call(*arguments: Any, deadline: float, **options: Any) -> Any:
+            limits.append(deadline)
+            clock[0] = deadline
+            return limited(*arguments, **options)
+
+        return call
+
+    for name in ("lp_refine", "learn"):
+        monkeypatch.setattr(colt, name, takes_all(getattr(colt, name)))
+    assert not LateMilp()(network, region, specification, bounds, deadline=108.0, tried=lambda _: False)
+    assert limits == [104.0, 106.0]
+    assert [it["timeout"] for it in asked] == [2.0] * len(asked) and asked
+
+
+def test_tries_go_on_until_the_class_is_shown_and_none_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TRIES == ((1, 30), (1, 100), (2, 60))
+    network = dense(0, hidden=(70, 120), inputs=6)
+    region, specification = problem(network, Linf(0.5), images=1)
+    bounds = Zonotope()(network.to(torch.float32), region, specification)
+    first, last = (int(((low < 0) & (high > 0)).sum()) for low, high in bounds.layers.values())
+    assert first > 60 and last > 100 and not specification.shown(bounds.margins)
+
+    def tries(certificate: LateMilp, lower: float = -1.0, asks: Any = (network, region, specification)) -> Any:
+        network, region, specification = asks
+        known = Zonotope()(network, region, specification)
+        with monkeypatch.context() as context:
+            asked = watched(context, lower=lower)
+            late = time.monotonic() + 60
+            shown = certificate(network, region, specification, known, deadline=late, tried=lambda _: False)
+        return shown, [(it["binaries"].last_layers, it["binaries"].per_layer) for it in asked]
+
+    # The first class that none shows ends it; one that is shown takes no second.
+    monkeypatch.setattr(colt, "lp_refine", lambda *_, **__: [it[0].double() for it in bounds.layers[network.bent[1]]])
+    assert tries(LateMilp()) == (False, list(TRIES))
+    groups = specification.left(bounds.margins[0])
+    assert tries(LateMilp(), lower=1.0) == (True, [(1, 30)] * len(groups))
+    monkeypatch.undo()
+    # Of layers with at most 6 and 5 open ReLUs, all that are in the last one are exact at once.
+    few = NETWORKS["dense"](4)
+    small = (few, *problem(few, Linf(0.5), 4, images=1))
+    assert tries(LateMilp(), asks=small) == (False, [(1, 30), (2, 60)])
+    assert tries(LateMilp(((1, 2), (1, 3), (1, 99), (2, 99))), asks=small)[1] == [(1, 2), (1, 3), (1, 99), (2, 99)]
+
+
+def test_learning_ends_at_the_deadline_with_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = NETWORKS["dense"](3)
+    region, specification = problem(network, Linf(0.3), 3)
+
+    def learned(iterations: int, *ticks: float) -> Bounds:
+        clock = iter(ticks)
+        with monkeypatch.context() as context:
+            if ticks:
+                context.setattr(zonotope, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+            deadline = 10.0 if ticks else float("inf")
+            return learn(network, region, specification, iterations=iterations, deadline=deadline).bounds
+
+    least_area, three, whole = learned(0), learned(3), learned(50)
+    assert (three.margins > least_area.margins).any() and (whole.margins > three.margins).any()
+    for found, expected in ((learned(50, 11.0), least_area), (learned(50, 7.0, 8.0, 9.0, 10.0), three)):
+        assert torch.equal(found.margins, expected.margins)
+        for position, (low, high) in expected.layers.items():
+            assert torch.equal(found.layers[position][0], low) and torch.equal(found.layers[position][1], high)
+        assert violations(found, exactly(network, points(network, region, specification, 0)), specification) == 0
+
+
+def test_what_slopes_show_has_its_margin() -> None:
+    network = NETWORKS["dense"](0)
+    region, specification = problem(network, Linf(0.1), images=40)
+    plain, learned = (Zonotope(steps)(network, region, specification) for steps in (0, colt.ITERATIONS))
+    better = (specification.shown(learned.margins) & ~specification.shown(plain.margins)).nonzero().flatten()
+    region, specification = region.part(better[:1]), specification.part(better[:1])
+    (found,) = Verifier("learned-zonotope")(network, Asked(network, region, specification))
+    assert (found.outcome, found.by) == ("certified", "learned-zonotope")
+    learned = Zonotope(colt.ITERATIONS)(network, region, specification)
+    assert found.margin is not None and found.margin > 0
+    assert found.margin == pytest.approx(specification.worst(learned.margins).item())
+
+
+@pytest.mark.parametrize("method", ["learned-zonotope", "colt"])
+def test_each_image_s_slopes_have_a_time_of_their_own(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = NETWORKS["dense"](4)
+    region, specification = problem(network, Linf(0.5), 4, images=3)
+    learning: list[tuple[int, float]] = []
+
+    class Watched(Zonotope):
+        def __call__(self, network: Network, region: Region, specification: Specification) -> Bounds:
+            if self.iterations:
+                learning.append((len(region), self.deadline - time.monotonic()))
+            return super().__call__(network, region, specification)
+
+    class Unbroken(Asked):
+        def refutes(self, candidates: Tensor, who: Tensor) -> Tensor:
+            return torch.zeros(len(candidates), dtype=torch.bool)
+
+    monkeypatch.setattr(verifier, "Zonotope", Watched)
+    monkeypatch.setattr(verifier, "ITERATIONS", 1)
+    monkeypatch.setattr(verifier, "LateMilp", lambda **_: lambda *_, **__: False)
+    Verifier(method, timeout=50)(network, Unbroken(network, region, specification))
+    assert [images for images, _ in learning] == [1, 1, 1]
+    share = {"learned-zonotope": 1.0, "colt": 0.4}[method]
+    assert all(share * 50 - 5 < seconds <= share * 50 for _, seconds in learning)
 
 
 def test_given_bounds_are_taken() -> None:

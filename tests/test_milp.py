@@ -201,7 +201,7 @@ def test_relaxations_lie_between_intervals_and_the_minimum(name: str) -> None:
         program = margin_program(network, region, specification, layers, image=image, row=row, binaries=binaries)
         return solve(program, solver="highs", timeout=60).bound, int(program.integral.sum())
 
-    (triangle, none), (some, few), (exact, all_) = map(least, (Binaries(0), Binaries(in_total=2), Binaries()))
+    (triangle, none), (some, few), (exact, all_) = map(least, (Binaries(0), Binaries(per_layer=1), Binaries()))
     assert (none, few) == (0, 2)
     assert all_ == sum(int(((low < 0) & (high > 0))[image].sum()) for low, high in layers.values())
     assert interval < triangle < exact - 1e-3
@@ -245,12 +245,11 @@ def test_binaries_are_those_of_the_highest_priority() -> None:
 
     ranks: list[list[int]] = []
     assert exact(per_layer=1) == [crossing[0][-1], crossing[1][-1]]
-    assert exact(in_total=2) == crossing[0][-2:]
-    assert exact(per_layer=2, in_total=3) == [*crossing[0][-2:], crossing[1][-1]]
+    assert exact(per_layer=2) == crossing[0][-2:] + crossing[1][-2:]
     assert exact() == crossing[0] + crossing[1]
     # The first layer's come before the second's, the last of each first.
-    assert ranks[:3] == [[1, 0], [0, 1], [1, 2, 0]]
-    assert sorted(ranks[3]) == list(range(len(crossing[0] + crossing[1])))
+    assert ranks[:2] == [[1, 0], [2, 3, 0, 1]]
+    assert sorted(ranks[2]) == list(range(len(crossing[0] + crossing[1])))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -552,6 +552,7 @@ class Pretence:
         self.recipes: list[redan.Recipe] = []
         self.score: Callable[[redan.Recipe, int], float] = lambda recipe, _: min(1.0, recipe.optimizer.lr)
         self.at_epoch: Callable[[int, int], None] = lambda begun, epoch: None
+        self.phases = 1
 
     def __call__(
         self, recipe: redan.Recipe, folder: Path, *, resume: bool, on_validation: trainer.OnValidation, **_: Any
@@ -563,11 +564,12 @@ class Pretence:
         state = folder / "checkpoint" / "state.safetensors"
         done = int(state.read_text()) if state.exists() else 0
         score = round(137 * self.score(recipe, len(self.begun))) / 137
-        for epoch in range(done + 1, recipe.epochs + 1):
+        epochs = recipe.epochs * self.phases
+        for epoch in range(done + 1, epochs + 1):
             records = ({"epoch": it + 1, "phase": "training", "loss": 1.0, "seconds": 2.0} for it in range(epoch))
             (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
             (folder / "model.safetensors").touch()
-            on_validation(trainer.Validation(epoch, score, score, epoch == recipe.epochs))
+            on_validation(trainer.Validation(epoch, score, score, epoch == epochs))
             state.parent.mkdir(exist_ok=True)
             state.write_text(str(epoch))
             self.at_epoch(len(self.begun), epoch)
@@ -748,16 +750,22 @@ def test_a_stopped_search_goes_on_to_the_same_weights(tmp_path: Path, monkeypatc
     assert trial.value == Accuracy.of(round(137 * robust), 137) and 0 < robust < 1
 
 
-@pytest.mark.parametrize("pruning", [True, False])
+# COLT's epochs are those of each of its three phases.
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "phases", "pruning"),
+    [("pgd-at-digits", 8, 1, True), ("pgd-at-digits", 8, 1, False), ("colt-digits", 4, 3, True)],
+)
 def test_a_trial_that_falls_behind_is_ended_and_leaves_little(
-    pretence: Pretence, tmp_path: Path, pruning: bool
+    pretence: Pretence, tmp_path: Path, recipe: str, epochs: int, phases: int, pruning: bool
 ) -> None:
     pretence.score = lambda _, begun: 0.5 + begun / 100 if begun < 6 else 0.25
-    call = FOUND | {"overrides": {"epochs": 8}, "space": {"batch_size": {"low": 50, "high": 200}}}
-    found = redan.search("pgd-at-digits", trials=6, pruning=pruning, out=tmp_path, **call)
+    pretence.phases = phases
+    call = FOUND | {"overrides": {"epochs": epochs}, "space": {"batch_size": {"low": 50, "high": 200}}}
+    found = redan.search(recipe, trials=6, pruning=pruning, out=tmp_path, **call)
     *good, bad = found.trials
     assert all(trial.state == "complete" for trial in good) and found.best == good[-1] and found.finished == 6
-    assert (bad.state, bad.epochs) == (("pruned", 3) if pruning else ("complete", 8))  # after a quarter of 8
+    whole = epochs * phases
+    assert (bad.state, bad.epochs) == (("pruned", whole // 4 + 1) if pruning else ("complete", whole))
     assert bad.value == Accuracy.of(round(137 * 0.25), 137)
     left = {path.name for path in Path(bad.run).rglob("*") if path.is_file()}
     assert {"recipe.yaml", "metrics.jsonl"} <= left and any("safetensors" in name for name in left) != pruning
@@ -848,6 +856,7 @@ def test_progress_of_a_search_tells_values_and_time_left(
         ("seed: {low: 1, high: 3}", "a seed is no value to search for"),
         ("label_smoothing: {low: 0.0, high: 0.1}", "leave one of them out"),
         ("method: {choices: [pgd-at, trade]}", "did you mean 'trades'?"),
+        ("method: {choices: [{name: colt}]}", "COLT's mixing of 60 epochs is longer than a phase"),
     ],
 )
 def test_a_wrong_space_is_told_in_one_line(

@@ -530,7 +530,9 @@ def sweep(
     analyse: Annotated[bool, typer.Option("--analyse", help="Look inside each run, too, see redan analyse.")] = False,
     space: Annotated[
         str | None,
-        typer.Option("--space", metavar="FILE", help="Search: values to draw for keys of one recipe; no attack."),
+        typer.Option(
+            "--space", metavar="FILE", help="Search: values to draw for keys of one recipe, or a shipped name (colt)."
+        ),
     ] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Of a search: how many are to be finished.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of what a search draws; 0 if not given.")] = None,
@@ -538,11 +540,13 @@ def sweep(
         str | None, typer.Option("--storage", metavar="URL", help="Of a search: a database, for several machines.")
     ] = None,
     pruning: Annotated[
-        bool, typer.Option("--pruning/--no-pruning", help="Of a search: end trials that fall behind.")
+        bool, typer.Option("--pruning/--no-pruning", help="Of a search: end trials whose accuracy falls behind.")
     ] = True,
     certify: Annotated[
         str | None,
-        typer.Option("--certify", metavar="METHOD", help="Of a search: judge by what this certifies; see certify."),
+        typer.Option(
+            "--certify", metavar="METHOD", help="Of a search: judge by what this certifies at the end, prune none."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of the runs and the table.")] = Path("runs/sweep"),
     data_dir: DataDir = None,
@@ -820,6 +824,10 @@ def _print_results(results: list[Any]) -> None:
             console.print(result.account, soft_wrap=True, markup=False)
         if result.randomised is not None:
             _print_randomised(result)
+        if result.transferred is not None:
+            said = f"transfer alone, as such papers report it: {result.transferred}"
+            console.print(said, soft_wrap=True, markup=False)
+        _print_convergence(result)
     for mode in dict.fromkeys(it.certified_sound_float for it in results if it.certified_sound_float is not None):
         console.print(f"certificates hold for {COVERED[mode]}", soft_wrap=True, markup=False)
 
@@ -895,6 +903,10 @@ def _print_randomised(result: Any) -> None:
     samples = result.samples
     after = [[name, str(Accuracy.of(round(value * samples), samples))] for name, value in drawn.after.items()]
     _print_table(("worst candidates after", "mean of new draws [95 %]"), after)
+
+
+def _print_convergence(result: Any) -> None:
+    """Accuracy against steps and draws, where it was studied."""
     if result.convergence:
         points = [[str(it.steps), str(it.draws), str(it.accuracy)] for it in result.convergence]
         images = result.convergence[0].accuracy.samples

@@ -96,14 +96,12 @@ class Binaries:
     Attributes:
         last_layers: only those of the last so many ReLU layers; None for all.
         per_layer: at most so many of each layer; None for all.
-        in_total: at most so many, after that; None for all.
         priorities: by position of the layer that a ReLU takes, ``(n, *shape)``; the solver is asked to branch on high
             ones first, too. None ranks ReLUs by the height of their triangle, -l u / (u - l), and asks nothing.
     """
 
     last_layers: int | None = None
     per_layer: int | None = None
-    in_total: int | None = None
     priorities: dict[int, Tensor] | None = None
 
 
@@ -324,9 +322,6 @@ def _choose(rank: Vector, parts: Sequence[tuple[int, bool]], binaries: Binaries)
             order = start + np.argsort(-rank[start : start + size], kind="stable")
             chosen[order[binaries.per_layer :]] = False
             start += size
-    if binaries.in_total is not None:
-        order = np.argsort(np.where(chosen, -rank, np.inf), kind="stable")
-        chosen[order[binaries.in_total :]] = False
     return chosen
 
 

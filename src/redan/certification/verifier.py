@@ -3,7 +3,7 @@
 A few steps of an attack come first: what they break need not be proved. Bounds follow, each on those that the ones
 before left open; the strong attack comes after the first bounds, as on what these settle it would be wasted. Last are
 searches, image by image, until the time is up: input splitting where there are few inputs, branch and bound on ReLUs, a
-mixed-integer solver.
+mixed-integer solver; in COLT's certificate, slopes learned for the margins, then its programs.
 """
 
 import time
@@ -53,13 +53,13 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 
 # The stages that go image by image, last of all.
-SEARCHES = ("input-split", "branch-and-bound", "milp", "colt")
+SEARCHES = ("learned-zonotope", "input-split", "branch-and-bound", "milp", "colt")
 
 # Those that need a network whose only bends are ReLUs'.
 OF_RELUS = ("branch-and-bound", "milp", "colt")
 
 # Share of an image's time that a search may take where another is still to come.
-SHARES = {"input-split": 0.4, "branch-and-bound": 0.2}
+SHARES = {"learned-zonotope": 0.4, "input-split": 0.4, "branch-and-bound": 0.2}
 
 # Inputs up to which they are split: of trained networks with 120 ReLUs, splitting inputs took less than a tenth of what
 # splitting ReLUs took with 3 to 8 inputs; with 10 neither was done in time, and with 12 ReLUs were better.
@@ -307,7 +307,6 @@ class _Course:
         bounders: dict[str, Interval | Zonotope | Crown] = {
             "interval": Interval(sound),
             "zonotope": Zonotope(sound=sound),
-            "learned-zonotope": Zonotope(ITERATIONS, sound=sound),
             "crown-ibp": Crown("interval", sound),
             "crown": Crown("crown", sound),
         }
@@ -316,15 +315,19 @@ class _Course:
             if stage == "alpha-crown":  # after "crown" in every method
                 found = self._optimise(region, specification, [self._bounds[i] for i in who.tolist()])
             else:
-                network = self._network if stage == "learned-zonotope" else self._fast
-                found = bounders[stage](network, region, specification)
+                found = bounders[stage](self._fast, region, specification)
             shown = specification.shown(found.margins)
         worst = specification.worst(found.margins)
         for k, i in enumerate(who.tolist()):
-            margin = max(float(worst[k]), self._verdicts[i].margin or -torch.inf)
             outcome: Outcome = "certified" if shown[k] else "unknown"
-            self._verdicts[i] = replace(self._verdicts[i], outcome=outcome, by=stage, margin=margin)
-            self._bounds[i] = found.part(k)
+            self._verdicts[i] = replace(self._verdicts[i], outcome=outcome, by=stage)
+            self._know(i, found.part(k), float(worst[k]))
+
+    def _know(self, i: int, bounds: Bounds, worst: float) -> None:
+        """Keep an image's bounds, and its least margin if it is the best so far."""
+        known = self._verdicts[i].margin
+        self._verdicts[i] = replace(self._verdicts[i], margin=worst if known is None else max(worst, known))
+        self._bounds[i] = bounds
 
     def _optimise(self, region: Region, specification: Specification, crown: list[Bounds]) -> Bounds:
         """alpha-CROWN from CROWN's bounds of each image, by the kind that its open ReLUs allow."""
@@ -356,14 +359,15 @@ class _Course:
         if self._bounds[i].open > MOST_OPEN.get(stage, torch.inf):
             return
         started = time.monotonic()
-        search = {"input-split": self._split, "milp": self._solve, "colt": self._solve_late}[stage]
-        if search(i, started + self._seconds(stage, i)):
+        searches = {"learned-zonotope": self._learn, "input-split": self._split, "milp": self._solve}
+        if (searches | {"colt": self._solve_late})[stage](i, started + self._seconds(stage, i)):
             self._certify(i)
         self._took(i, time.monotonic() - started)
 
     def _certify(self, i: int) -> None:
         if self._verdicts[i].outcome == "unknown":
-            self._verdicts[i] = replace(self._verdicts[i], outcome="certified", margin=0.0)
+            margin = max(self._verdicts[i].margin or 0.0, 0.0)
+            self._verdicts[i] = replace(self._verdicts[i], outcome="certified", margin=margin)
 
     def _part(self, i: int) -> tuple[Region, Specification]:
         alone = slice(i, i + 1)
@@ -394,8 +398,16 @@ class _Course:
         search = InputSplit(sound=self._verifier.sound)
         return search(self._network, *self._part(i), deadline=deadline, refuted=refuted)[0] is True
 
+    def _learn(self, i: int, deadline: float) -> bool:
+        """A zonotope whose slopes are learned."""
+        region, specification = self._part(i)
+        bounder = Zonotope(ITERATIONS, sound=self._verifier.sound, deadline=deadline)
+        found = bounder(self._network, region, specification)
+        self._know(i, found, float(specification.worst(found.margins)))
+        return bool(specification.shown(found.margins))
+
     def _solve_late(self, i: int, deadline: float) -> bool:
-        """COLT's certificate."""
+        """The programs of COLT's certificate."""
         network, region, specification = self._on_cpu(i)
         if region.ball is not None:
             return False

@@ -59,10 +59,10 @@ class COLT(NetworkMethod):
     the radius is the threat's times ``start_factor radius_factor^(m - 1 - j)``, the learning rate the optimiser's times
     ``rate_factor^j``, and rho is ``stability stability_factor^j``. Each phase has the recipe's epochs and schedule.
 
-    Bounds are exact up to the second convolution, and estimates behind it. The attack starts at random coefficients of
-    the zonotope and moves each, in [-1, 1], by the sign of its gradient: as far as the adversary's ``step_size`` is a
-    share of the threat's radius. The last weights are the ones to ship, for while what can be proved rises, accuracy
-    under attack, which validation sees, falls.
+    Bounds are exact behind the first layer with weights, and estimates behind each later one. The attack starts at
+    random coefficients of the zonotope and moves each, in [-1, 1], by the sign of its gradient: as far as the
+    adversary's ``step_size`` is a share of the threat's radius. The last weights are the ones to ship, for while what
+    can be proved rises, accuracy under attack, which validation sees, falls.
 
     Args:
         layers: attacked, one a phase: ``input``, then ReLUs by name; all but the last ReLU if empty.
@@ -105,6 +105,8 @@ class COLT(NetworkMethod):
             raise UserError(f"COLT takes at least 1 of projections, got {projections}")
         if self.adversary is None or not isinstance(self.adversary.attack, PGD):
             raise UserError("COLT searches zonotopes as PGD searches a ball; its adversary is a PGD")
+        if self.adversary.mode != "eval" or self.adversary.bn_momentum_in_attack:
+            raise UserError("COLT's networks have no BatchNorm; leave attack.mode and attack.bn_momentum_in_attack out")
         self.attack = self.adversary.attack
         if self.attack.start != "random":
             raise UserError(f"COLT starts at random in a zonotope, not {self.attack.start!r}; leave attack.start out")

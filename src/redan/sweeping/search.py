@@ -35,6 +35,7 @@ from redan.errors import Stopped, UserError
 from redan.evaluation.results import Accuracy
 from redan.evaluation.trials import TRIALS, State, Trial, Trials
 from redan.files import write_atomically
+from redan.methods.base import Phase
 from redan.recipes.build import build
 from redan.recipes.schema import Recipe, load_recipe
 from redan.run import STATE
@@ -99,7 +100,7 @@ def search(
         overrides: recipe values by dotted key, for every trial.
         seed: of what is drawn; that of the training is the recipe's.
         pruning: end a trial whose accuracy falls behind the median of the complete ones at the same epoch; not in the
-            first quarter of the recipe's epochs, and not before five trials are complete.
+            first quarter of its epochs, those of all phases, and not before five trials are complete.
         certify: judge by the held-out images that this method certifies at the end, see ``redan.certify``; no trial is
             pruned then, for the accuracy on the way says little about it.
         storage: the URL of a database, for processes on several machines; by default a file in ``out``.
@@ -120,14 +121,14 @@ def search(
     if trials < 1:
         raise UserError(f"--trials is at least 1, got {trials}")
     read = load_space(space)
-    base = _checked(recipe, changes, read, data)
+    base, epochs = _checked(recipe, changes, read, data)
     verifier = None if certify is None else Verifier(certify)
     folder = Path(out)
     if (folder / TRIALS).exists():
         Trials.load(folder / TRIALS)  # a grid's folder is no search's
     given = folder / "space.yaml" if isinstance(space, Mapping) else space
     command = _command(recipe, changes, given, trials, seed, pruning, certify, storage, folder)
-    pruner = MedianPruner(n_warmup_steps=base.epochs // 4 + 1) if pruning and certify is None else NopPruner()
+    pruner = MedianPruner(n_warmup_steps=epochs // 4 + 1) if pruning and certify is None else NopPruner()
     with _storage_errors(storage or str(folder / STORAGE)):
         study = _opened(storage, folder, base.name, pruner)
         this = {"recipe": base.resolved(), "space": _plain(read), "seed": seed, "certify": certify}
@@ -316,8 +317,12 @@ class _Search:
             print(line, file=sys.stderr)
 
 
-def _checked(source: str | Path, overrides: dict[str, Any], space: Space, data_dir: Path | None) -> Recipe:
-    """The recipe that values are drawn for; what does not take the ends of the space is told here."""
+def _checked(source: str | Path, overrides: dict[str, Any], space: Space, data_dir: Path | None) -> tuple[Recipe, int]:
+    """The recipe that values are drawn for, and how long a trial is; what does not take the space's ends is told here.
+
+    Returns:
+        The recipe, and the epochs of all phases of the trial that has the last of all ends.
+    """
     for key in space:
         if key in overrides:
             raise UserError(f"{key} has a value for every trial and values in the space; leave one of them out")
@@ -327,10 +332,13 @@ def _checked(source: str | Path, overrides: dict[str, Any], space: Space, data_d
     if not base.data.validation_samples:
         raise UserError("trials are judged on held-out images, and none are; set data.validation_samples")
     ends = [load_recipe(source, overrides | {key: end}) for key, entry in space.items() for end in entry.ends()]
+    corner = load_recipe(source, overrides | {key: entry.ends()[-1] for key, entry in space.items()})
+    ends.append(corner)
     facts = {name: load_dataset(name, data_dir).facts for name in {recipe.data.name for recipe in ends}}
     for recipe in ends:
-        build(recipe, facts[recipe.data.name])  # options that do not fit the network are told here
-    return base
+        method = build(recipe, facts[recipe.data.name])  # options that do not fit the network are told here
+    planned = Phase("training", corner.epochs, corner.optimizer, corner.schedule)
+    return base, sum(phase.epochs for phase in method.phases(planned))
 
 
 @contextmanager
