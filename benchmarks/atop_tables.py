@@ -8,23 +8,12 @@
 import argparse
 from pathlib import Path
 
-from redan.evaluation.results import Accuracy, Evaluation
+from common import line, percent, table
+
+from redan.evaluation.results import Evaluation
 
 OWN = "linf:8/255"
 RULES = ("mean", "worst", "majority", "fixed")
-
-
-def line(*cells: object) -> None:
-    print(f"| {' | '.join(map(str, cells))} |")
-
-
-def head(*cells: str) -> None:
-    line(*cells)
-    print(f"|{' --- |' * len(cells)}")
-
-
-def percent(it: Accuracy | None) -> str:
-    return "–" if it is None else f"{100 * it.value:.1f} [{100 * it.low:.1f}, {100 * it.high:.1f}]"
 
 
 def evaluations(root: Path) -> dict[str, list[Evaluation]]:
@@ -43,12 +32,12 @@ def main() -> None:
     own = {name: it for name, each in runs.items() for it in each if it.threat == OWN}
 
     print(f"## Within {OWN}\n")
-    head("run", "clean", "transfer", "robust")
+    table("run", "clean", "transfer", "robust")
     for name, it in own.items():
         line(name, percent(it.clean), percent(it.transferred), percent(it.robust))
 
     print("\n## By each rule of counting: clean, robust\n")
-    head("run", *RULES)
+    table("run", *RULES)
     for name, it in own.items():
         if (counts := it.randomised) is not None:
             pairs = ((getattr(counts.clean, rule), getattr(counts.robust, rule)) for rule in RULES)
@@ -64,7 +53,7 @@ def main() -> None:
         print(f"* {name}: " + ", ".join(points))
 
     print("\n## Other threats\n")
-    head("run", "threat", "clean", "transfer", "robust")
+    table("run", "threat", "clean", "transfer", "robust")
     for name, each in runs.items():
         for it in each:
             if it.threat != OWN:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redan.evaluation.results import Accuracy
 from redan.models.norms import Normalise
 from redan.models.registry import build_model
 
@@ -52,6 +53,22 @@ def interleaved(first: Callable[[], Any], second: Callable[[], Any], rounds: int
             run()
             times.append(time.perf_counter() - started)
     return seconds
+
+
+def table(*head: str) -> None:
+    """The head of a Markdown table."""
+    line(*head)
+    print(f"|{' --- |' * len(head)}")
+
+
+def line(*cells: object) -> None:
+    """One more line of it."""
+    print(f"| {' | '.join(map(str, cells))} |")
+
+
+def percent(it: Accuracy | None) -> str:
+    """An accuracy with its interval, or a dash."""
+    return "–" if it is None else f"{100 * it.value:.1f} [{100 * it.low:.1f}, {100 * it.high:.1f}]"
 
 
 def machine() -> dict[str, Any]:

@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from common import line, percent, table
+
 from redan.evaluation.results import Evaluation
 
 ATTACKS = {"PGD-20": "pgd-20-", "CW-PGD-20": "pgd-20_cw-", "AutoAttack": "autoattack-"}
@@ -38,6 +40,11 @@ class Run:
     """One trained network of one of the tables."""
 
     folder: Path
+
+    @property
+    def seed(self) -> str:
+        """Of its training."""
+        return self.folder.name.rpartition("seed")[2]
 
     def evaluation(self, attack: str, checkpoint: str) -> Evaluation | None:
         """The evaluation by that attack; None where there is none."""
@@ -73,14 +80,6 @@ def rows(root: Path, base: str) -> Iterator[tuple[str, list[Run]]]:
     for name, labels in {**LABELS, "pruned": "pruned-"}.items():
         if found := runs(root, base, labels):
             yield name, found
-
-
-def table(*head: str) -> None:
-    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
-
-
-def line(*cells: object) -> None:
-    print(f"| {' | '.join(map(str, cells))} |")
 
 
 def spread(values: Sequence[float | None]) -> str:
@@ -124,17 +123,12 @@ def single(root: Path, base: str) -> None:
     table("labels", "seed", "checkpoint", "epoch", "clean", *ATTACKS)
     for name, found in rows(root, base):
         for run in found:
-            seed = run.folder.name.rpartition("seed")[2]
             for checkpoint in CHECKPOINTS:
                 epoch = run.best["epoch"] if checkpoint == "best" else run.epochs[-1]["epoch"]
                 each = [run.evaluation(attack, checkpoint) for attack in ATTACKS]
                 accuracies = [None if it is None else it.robust for it in each]
                 accuracies = [None if each[0] is None else each[0].clean, *accuracies]
-                cells = (
-                    "–" if it is None else f"{100 * it.value:.1f} [{100 * it.low:.1f}, {100 * it.high:.1f}]"
-                    for it in accuracies
-                )
-                line(name, seed, checkpoint, f"{epoch}{'*' if epoch <= WARMUP else ''}", *cells)
+                line(name, run.seed, checkpoint, f"{epoch}{'*' if epoch <= WARMUP else ''}", *map(percent, accuracies))
 
 
 def overfitting(root: Path) -> None:
@@ -145,7 +139,7 @@ def overfitting(root: Path) -> None:
             ends = (run.best, run.epochs[-1])
             held = (f"{100 * row['validation_robust_accuracy']:.1f}" for row in ends)
             training = f"{100 * ends[1]['robust_accuracy']:.1f}"
-            line(base, run.folder.name.rpartition("seed")[2], ends[0]["epoch"], *held, training)
+            line(base, run.seed, ends[0]["epoch"], *held, training)
 
 
 def difference(ours: Sequence[Run], theirs: Sequence[Run], attack: str, checkpoint: str) -> str:
@@ -173,7 +167,7 @@ def differences(root: Path) -> None:
                     pairs = [(a, b) for a, b in pairs if min(a.best["epoch"], b.best["epoch"]) > WARMUP]
                 if pairs:
                     a, b = zip(*pairs, strict=True)
-                    seeds = ", ".join(run.folder.name.rpartition("seed")[2] for run in a)
+                    seeds = ", ".join(run.seed for run in a)
                     line(base, name, checkpoint, seeds, *(difference(a, b, attack, checkpoint) for attack in ATTACKS))
 
 

@@ -133,10 +133,8 @@ class SearchModel:
     def logits(self, images: Tensor) -> Tensor:
         """Logits of the search copy, float32 ``(n, classes)``, the mean of the draws."""
         self.heartbeat(self.draws * len(images))
-        total = self._logits(images)
-        for _ in range(self.draws - 1):
-            total = total + self._logits(images)
-        return total / self.draws
+        (logits,) = self._mean(lambda: (self._logits(images),))
+        return logits
 
     @torch.no_grad()
     def values(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,12 +143,13 @@ class SearchModel:
         The mean objective is not that of the mean logits, in which what one draw gets wrong another may make good.
         """
         self.heartbeat(self.draws * len(images))
-        logits = self._logits(images)
-        values = objective(logits, reference)
-        for _ in range(self.draws - 1):
-            more = self._logits(images)
-            logits, values = logits + more, values + objective(more, reference)
-        return logits / self.draws, values / self.draws
+
+        def once() -> tuple[Tensor, Tensor]:
+            logits = self._logits(images)
+            return logits, objective(logits, reference)
+
+        logits, values = self._mean(once)
+        return logits, values
 
     def gradient(self, images: Tensor, objective: Objective, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``(n, classes)``, objective ``(n,)`` and its gradient with respect to the images ``(n, c, h, w)``.
@@ -161,11 +160,15 @@ class SearchModel:
         def value(logits: Tensor) -> Tensor:
             return objective(logits, reference.clone())  # what a caller made in inference mode allows no backward pass
 
-        logits, values, gradient = self._gradient(images, value)
+        logits, values, gradient = self._mean(lambda: self._gradient(images, value))
+        return logits, values, gradient
+
+    def _mean(self, once: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What one draw gives, averaged over the draws."""
+        total = once()
         for _ in range(self.draws - 1):
-            more = self._gradient(images, value)
-            logits, values, gradient = logits + more[0], values + more[1], gradient + more[2]
-        return logits / self.draws, values / self.draws, gradient / self.draws
+            total = tuple(a + b for a, b in zip(total, once(), strict=True))
+        return tuple(it / self.draws for it in total)
 
     def _gradient(self, images: Tensor, value: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """One draw of the logits, their values and the gradient."""

@@ -149,8 +149,7 @@ class Relaxation:
             if isinstance(layer, Convolution) and layer.groups == 1 and layer.dilation == (1, 1):
                 constant += sign * layer.bias.double().flatten()[channel]
                 slack += self._uncertain(position, image, neuron)
-                values = layer.weight[channel] * sign[:, None, None, None]
-                values = values.contiguous(memory_format=torch.channels_last)
+                values = side_by_side(layer.weight[channel] * sign[:, None, None, None])
                 corner = corner * torch.tensor(layer.stride).to(corner) - torch.tensor(layer.padding).to(corner)
                 parts[layer.inputs[0]] = Rows(values, image, corner).bounded(layer.input_shape)
             else:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from redan.attacks.search import SearchModel
 from redan.data.types import Batch
 from redan.errors import UserError
-from redan.methods.base import Config, NetworkMethod, OptimizerConfig, Phase, ScheduleConfig, StepOutput
+from redan.methods.base import Config, NetworkMethod, Number, OptimizerConfig, Phase, ScheduleConfig, StepOutput
 from redan.methods.targets import soft_cross_entropy
 from redan.models.purified import Purified
 from redan.models.random_transforms import Draw
@@ -52,8 +52,8 @@ class AToPConfig(Config):
     classifier_training: StageConfig
     pretraining: StageConfig
     adversary: Literal["end_to_end", "classifier", "none"] = "end_to_end"
-    weight: float = Field(0.1, ge=0)
-    cross_entropy_from: float = Field(0.0, ge=0)
+    weight: Number = Field(0.1, ge=0)
+    cross_entropy_from: Number = Field(0.0, ge=0)
     l_org_target: Literal["adversarial", "clean"] = "adversarial"
     gan_gradient: Literal["live", "detached"] = "live"
 

@@ -3,10 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Generator, Tensor, nn
 
 from redan.attacks.base import Attack
@@ -14,13 +14,26 @@ from redan.attacks.objectives import Objective, cross_entropy
 from redan.attacks.pgd import Start
 from redan.attacks.search import Mode, Precision, SearchModel
 from redan.data.types import Batch
+from redan.errors import UserError
 from redan.methods.targets import Targets
+from redan.threats import parse_number
 
 
 class Config(BaseModel):
     """A frozen piece of a recipe; a key that it does not know is an error, and so is a number that is not finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def number(value: Any) -> float:
+    """A number of a recipe, which may be a fraction such as 8/255; ValueError where it is none, as pydantic has it."""
+    try:
+        return parse_number(value)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
+Number = Annotated[float, BeforeValidator(number)]
 
 
 class OptimizerConfig(Config):

@@ -3,17 +3,17 @@
 import copy
 import difflib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from redan.attacks.pgd import Start
 from redan.attacks.search import Mode, Precision
 from redan.errors import UserError, unknown
 from redan.files import write_atomically
 from redan.methods.atop import AToPConfig
-from redan.methods.base import Config, OptimizerConfig, ScheduleConfig
+from redan.methods.base import Config, Number, OptimizerConfig, ScheduleConfig, number
 from redan.methods.dpls import DPLSConfig
 from redan.methods.registry import check_dpls, check_purification, check_teacher, method_options, parse_options
 from redan.methods.weight_averaging import WeightAveragingConfig
@@ -21,17 +21,7 @@ from redan.methods.weight_perturbation import WeightPerturbationConfig
 from redan.models.purifiers.registry import purifier_options
 from redan.models.random_transforms import transform_options
 from redan.models.registry import model_options
-from redan.threats import LpBall, parse_number, parse_threat
-
-
-def _number(value: Any) -> float:
-    try:
-        return parse_number(value)
-    except UserError as error:
-        raise ValueError(str(error)) from error
-
-
-Number = Annotated[float, BeforeValidator(_number)]
+from redan.threats import LpBall, parse_threat
 
 
 class DataConfig(Config):
@@ -101,18 +91,13 @@ class PurificationConfig(AToPConfig):
     trained_classifier: str | None = None
     trained_purifier: str | None = None
 
-    @field_validator("weight", "cross_entropy_from", mode="before")
-    @classmethod
-    def _may_be_fractions(cls, value: Any) -> float:
-        return _number(value)
-
     @field_validator("transform")
     @classmethod
     def _with_transform_options(cls, named: NamedOptions) -> NamedOptions:
         known = transform_options(named.name)
         named = _with_options("transform", named, known)
         numbers = {
-            option: _number(value)
+            option: number(value)
             for option, value in named.options.items()
             if isinstance(known[option], float) and isinstance(value, str)
         }
