@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from redan.certification import cauchy
-from redan.certification.cauchy import _scale, estimate_bounds
+from redan.certification.cauchy import _scale, estimate_bounds, lines
 from redan.certification.chain import read_chain
 from redan.certification.reading import read_network
 from redan.certification.regions import Region, Specification
@@ -88,6 +88,25 @@ def test_estimates_of_one_group_have_the_spread_of_theory(
     if not shared:  # one image's estimate says nothing of the next one's
         pairs = torch.stack([ratio[:-1, 0], ratio[1:, 0]])
         assert abs(float(torch.corrcoef(pairs)[0, 1])) < 4 / math.sqrt(3000)
+
+
+def test_a_group_that_is_a_box_is_not_estimated() -> None:
+    plain = wide()
+    with torch.no_grad():
+        plain[1].bias.zero_()  # type: ignore[operator]
+    network = read_chain(plain, (30, 1, 1))
+    region = Region.around(torch.rand(1, 30, 1, 1).expand(3000, -1, -1, -1), Linf(0.1))
+    with torch.no_grad():
+        found = estimate_bounds(network, region, generator=torch.Generator().manual_seed(0))
+        slope, mu = lines(*found[2])
+        assert float((mu[0] > 0).float().mean()) > 0.5
+        first, second = (network.layers[i].linear(torch.eye(n)).t() for i, n in ((2, 30), (4, 12)))  # type: ignore[attr-defined]
+        radius = ((region.upper - region.lower) / 2).float().flatten(1)[0]
+        image, newest = (second * slope[0] @ first).abs() @ radius, second.abs() @ mu[0]
+        lower, upper = found[4]
+        ratio = ((upper - lower) / 2 - newest) / image  # what is left is the estimate of the image's group alone
+    assert ratio.mean(0).tolist() == pytest.approx([1] * 3, abs=0.04)
+    assert ratio.std(0).tolist() == pytest.approx([math.pi / (2 * math.sqrt(50))] * 3, rel=0.15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

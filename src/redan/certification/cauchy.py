@@ -3,7 +3,8 @@
 A generator matrix is never built. Of each group of error terms (the image's, and each ReLU's) ``k`` vectors of standard
 Cauchy draws times the coefficients are pushed through the layers; by 1-stability a neuron's projection is Cauchy with
 the scale of that group's L1 norm there, which the median of the absolute values estimates, with a relative standard
-deviation of pi / (2 sqrt(k)). Norms of groups add up. The lower median is taken, the 25th of 50.
+deviation of pi / (2 sqrt(k)). Norms of groups add up. The lower median is taken, the 25th of 50. A group that has met no
+more than one layer that mixes is a box still, whose norm |W| r is exact and needs no draws.
 
 These are **estimates, not bounds**: they serve training, never a certificate.
 """
@@ -36,8 +37,8 @@ def estimate_bounds(
 ) -> dict[int, Box]:
     """Estimated bounds of what each ReLU takes, in one pass; differentiable in the network's weights.
 
-    Layers whose box is exact have it. A layer takes one group after the other: joined for one call, convolutions took
-    up to twice as long.
+    Layers whose box is exact have it; of the others, so has the part of each group that is a box there. A layer takes
+    one group after the other: joined for one call, convolutions took up to twice as long.
 
     Args:
         network: the network.
@@ -56,9 +57,11 @@ def estimate_bounds(
     estimated = [i for i in wanted if not network.box_is_exact(i)]
     boxes: dict[int, Box] = {0: (region.lower, region.upper)}
     centres: dict[int, Tensor] = {0: (region.lower + region.upper) / 2}
+    drawn = {i for i in (0, *network.relus) if any(i < k and not network.box_is_exact(k, i) for k in estimated)}
     groups: dict[int, dict[int, Tensor]] = {}
-    if estimated:
+    if drawn:
         groups[0] = {0: _draws(((region.upper - region.lower) / 2).to(dtype), projections, generator)}
+    norms: dict[int, tuple[int, Tensor]] = {}  # by layer: the latest group, while it is a box, and its norm
     last = {i: position for position, layer in enumerate(network.layers) for i in layer.inputs}
     found: dict[int, Box] = {}
     for position, layer in enumerate(network.layers[: max(wanted, default=0) + 1]):
@@ -71,13 +74,18 @@ def estimate_bounds(
         if isinstance(layer, Relu):
             slope, mu = lines(*found[inputs[0]])
             centres[position] = slope * centres[inputs[0]] + mu
+            norms[position] = position, mu
             if pushes:
                 rounded = _channels_first(_channels_last(slope).to(dtype).contiguous())
                 groups[position] = {origin: rounded * it for origin, it in groups[inputs[0]].items()}
-                groups[position][position] = _draws(mu.to(dtype), projections, generator)
+                if position in drawn:
+                    groups[position][position] = _draws(mu.to(dtype), projections, generator)
         else:
             assert isinstance(layer, Affine)
             centres[position] = layer(*(centres[i] for i in inputs))
+            if inputs[0] in norms and network.box_is_exact(position, norms[inputs[0]][0]):
+                origin, norm = norms[inputs[0]]
+                norms[position] = origin, layer.absolute(norm)
             if pushes:
                 light = layer.to(dtype, network.device)
                 # In the order that the groups came in: the draws that follow are the same each time.
@@ -90,7 +98,9 @@ def estimate_bounds(
                     for origin in origins
                 }
         if position in estimated:
-            radius = sum((_scale(it).to(network.dtype) for it in groups[position].values()), torch.zeros(()))
+            latest, norm = norms.get(position, (None, torch.zeros(())))
+            others = (it for origin, it in groups[position].items() if origin != latest)
+            radius = sum((_scale(it).to(network.dtype) for it in others), norm)
             found[position] = (centres[position] - radius, centres[position] + radius)
         elif position in wanted:
             found[position] = boxes[position]

@@ -392,12 +392,15 @@ class Network:
         rest = [replace(layer, inputs=tuple(i + 1 for i in layer.inputs)) for layer in self.layers[1:]]
         return Network([*first, *rest])
 
-    def box_is_exact(self, position: int) -> bool:
-        """Whether intervals are exact in that layer: one layer that mixes at the most, behind elementwise ones."""
+    def box_is_exact(self, position: int, origin: int = 0) -> bool:
+        """Whether intervals are exact in that layer, of a box at ``origin``, the image unless told otherwise.
+
+        So they are behind elementwise layers and one that mixes at the most.
+        """
         mixed = 0
-        while position:
+        while position != origin:
             layer = self.layers[position]
-            if isinstance(layer, Relu | Sigmoid) or len(layer.inputs) != 1:
+            if position < origin or isinstance(layer, Relu | Sigmoid) or len(layer.inputs) != 1:
                 return False
             mixed += isinstance(layer, Linear | Convolution)
             (position,) = layer.inputs
