@@ -1,0 +1,39 @@
+#!/bin/sh
+# Everything behind docs/results/colt.md. The same command goes on after a stop and repeats nothing that is finished.
+# REDAN_DATA names the folder of data sets; benchmarks/colt_tables.py FOLDER prints the tables.
+#
+#   sh benchmarks/colt_table.sh [FOLDER] [SECONDS]       SECONDS: for each image that bounds leave open
+out=${1:-runs/colt}
+seconds=${2:-10}
+mkdir -p "$out/done" || exit
+
+# once NAME COMMAND...: which goes on where it was stopped
+once() {
+    name=$1
+    shift
+    test -e "$out/done/$name" && return
+    "$@" || exit
+    touch "$out/done/$name"
+}
+
+# row METHODS RECIPE...: each trained, attacked, and certified by each method, on the first 1,000 test images
+row() {
+    methods=$1
+    shift
+    for recipe in "$@"; do
+        run=$out/$recipe
+        resume=
+        test -e "$run/recipe.yaml" && resume=--resume
+        once "$recipe" redan train "$recipe" --out "$run" $resume
+        once "$recipe-autoattack" redan evaluate "$run" --attack autoattack --samples 1000 --no-curve --resume
+        for method in $methods; do
+            once "$recipe-$method" redan certify "$run" --method "$method" --samples 1000 --timeout "$seconds" \
+                --no-curve --resume
+        done
+    done
+}
+
+row 'zonotope colt cascade' colt-mnist-mini pgd-at-mnist-mini
+row 'zonotope colt cascade' colt-cifar10-mini pgd-at-cifar10-mini-convmed
+row 'interval zonotope cascade' ibp-mnist-mini crown-ibp-mnist-mini sabr-mnist-mini mtl-ibp-mnist-mini
+row 'interval cascade' ibp-mnist-mini-cnn7 crown-ibp-mnist-mini-cnn7 sabr-mnist-mini-cnn7 mtl-ibp-mnist-mini-cnn7

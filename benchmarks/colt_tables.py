@@ -1,0 +1,50 @@
+"""The tables of docs/results/colt.md, from the runs of colt_table.sh; a dash is what is not there.
+
+python benchmarks/colt_tables.py runs/colt
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from common import line, percent, table
+
+from redan.evaluation.results import Certificates, Evaluation
+
+METHODS = ("interval", "zonotope", "colt", "cascade")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/colt"))
+    runs = sorted(file.parent for file in parser.parse_args().folder.glob("*/recipe.yaml"))
+    proofs = {run: {it.method: it for it in map(Certificates.load, run.glob("certificates/*.json"))} for run in runs}
+
+    print("## Accuracies\n")
+    table("run", "training, minutes", "clean", "AutoAttack", *METHODS)
+    for run in runs:
+        seconds = sum(json.loads(row)["seconds"] for row in (run / "metrics.jsonl").read_text().splitlines())
+        attacked = [Evaluation.load(file) for file in run.glob("results/autoattack-*.json")]
+        clean, robust = (attacked[0].clean, attacked[0].robust) if attacked else (None, None)
+        found = proofs[run]
+        proved = (percent(found[method].proved if method in found else None) for method in METHODS)
+        line(run.name, f"{seconds / 60:.0f}", percent(clean), percent(robust), *proved)
+
+    print("\n## Verdicts and times\n")
+    table("run", "method", "images", "certified", "falsified", "open", "misclassified", "seconds in all")
+    for run, found in proofs.items():
+        for method in METHODS:
+            if (it := found.get(method)) is not None:
+                counts = (it.images, it.certified, it.falsified, it.unknown, it.misclassified)
+                line(run.name, method, *counts, f"{it.seconds:.0f}")
+
+    print("\n## By what\n")
+    table("run", "method", "verdict", "by", "images", "seconds each", "at most")
+    for run, found in proofs.items():
+        for method in METHODS:
+            for verdict, by, images, each, most in found[method].settled if method in found else ():
+                line(run.name, method, verdict, by or "–", images, f"{each:.3g}", f"{most:.3g}")
+
+
+if __name__ == "__main__":
+    main()
