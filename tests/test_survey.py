@@ -1,5 +1,6 @@
 """Evaluations that are interrupted, short of memory, or asked for their images."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from redan.attacks import PGD, Outcome, SearchModel
 from redan.data.pipeline import to_float
 from redan.data.registry import load_dataset
 from redan.errors import Stopped, UserError
+from redan.evaluation import protocol
 from redan.evaluation.journal import Journal
 from redan.evaluation.kept import fingerprint
 from redan.evaluation.results import Evaluation
@@ -99,6 +101,25 @@ def test_constants_are_part_of_the_fingerprint() -> None:
         fingerprint(dict(nn.Sequential(Normalise([mean], [1.0])).named_buffers())) for mean in (0.1, 0.2, 0.1)
     )
     assert one == same != other
+
+
+def test_a_finished_result_is_not_taken_where_the_attack_of_that_name_has_changed(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluate(trained, out=tmp_path, resume=None)
+    assert evaluate(trained, out=tmp_path, resume=None) == first
+    monkeypatch.setitem(protocol.WITH_OBJECTIVE, "fgsm", (lambda threat, *_: PGD(threat, steps=2), 0))
+    assert evaluate(trained, out=tmp_path, resume=None).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("threat", ["linf:0.1", "l1:2", "stadv:0.05", "rotation:30+3"])
+def test_what_a_protocol_stands_for_is_told_alike_in_every_process(threat: str) -> None:
+    told = []
+    for name in (*protocol.ATTACKS, *protocol.WITH_OBJECTIVE, *protocol.ENSEMBLES, "purification"):
+        with contextlib.suppress(UserError):  # not for this threat
+            told.append(repr(protocol.parse_protocol(name, parse_threat(threat), classes=10)))
+    assert told
+    assert not any(" at 0x" in it for it in told)
 
 
 def test_pictures_of_an_earlier_evaluation_do_not_stay(trained: Path, tmp_path: Path) -> None:

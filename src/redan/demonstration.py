@@ -47,9 +47,7 @@ def demo(out: str | Path = "redan-demo", *, progress: bool = True) -> tuple[list
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; choose another --out")
-    runs = [
-        train(name, folder / name, overrides=overrides, progress=progress) for name, overrides in RECIPES.items()
-    ]
+    runs = [train(name, folder / name, overrides=overrides, progress=progress) for name, overrides in RECIPES.items()]
     results = [evaluate(run, progress=progress, **(FEW_DRAWS if "atop" in run.name else {})) for run in runs]
     for k, run in enumerate(runs):
         if run.name in CERTIFIED:

@@ -5,7 +5,7 @@ clean images, their logits.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -27,7 +27,7 @@ class Objective:
     """
 
     name: str
-    value: Callable[[Tensor, Tensor], Tensor]
+    value: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
     reference: Literal["labels", "targets", "clean_logits"] = "labels"
 
     def __call__(self, logits: Tensor, reference: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 A generator matrix is never built. Of each group of error terms (the image's, and each ReLU's) ``k`` vectors of standard
 Cauchy draws times the coefficients are pushed through the layers; by 1-stability a neuron's projection is Cauchy with
 the scale of that group's L1 norm there, which the median of the absolute values estimates, with a relative standard
-deviation of pi / (2 sqrt(k)). Norms of groups add up. The lower median is taken, the 25th of 50. A group that has met no
-more than one layer that mixes is a box still, whose norm |W| r is exact and needs no draws.
+deviation of pi / (2 sqrt(k)). Norms of groups add up. The lower median is taken, the 25th of 50. A group that has met
+no more than one layer that mixes is a box still: its norm |W| r is exact and needs no draws.
 
 These are **estimates, not bounds**: they serve training, never a certificate.
 """

@@ -140,6 +140,8 @@ def evaluate(
     settings = {
         "threat": str(parsed),
         "attack": attack,
+        # What the name stands for: another version of redan may attack otherwise under the same one.
+        "protocol": [repr(parse_protocol(attack, parsed, classes=classes, random=it)) for it in (False, True)],
         "samples": count,
         "seed": seed,
         "checkpoint": checkpoint if subject.folder is not None else "-",
