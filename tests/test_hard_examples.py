@@ -204,6 +204,8 @@ def test_deciles_are_by_the_mean_over_the_radii(run: Path) -> None:
     for point, values in zip(found.growth.points, difficulty.T, strict=True):
         assert point.easiest == pytest.approx(values[order[:23]].mean(), rel=1e-5)
         assert point.hardest == pytest.approx(values[order[-23:]].mean(), rel=1e-5)
+        assert point.easiest_loss == pytest.approx(-np.log(1 - values[order[:23]]).mean(), rel=1e-4)
+        assert point.hardest_loss == pytest.approx(-np.log(1 - values[order[-23:]]).mean(), rel=1e-4)
         assert point.run == "run"
     assert found.samples == found.growth.examples == 230
     # Of 30 examples a tenth are 3: more of the easy ones than of the hard ones would be another share.
@@ -498,7 +500,7 @@ def test_the_command_prints_tables_or_one_document(run: Path) -> None:
     arguments = ["analyse", str(run), "--difficulty", "--samples", "30"]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.stderr
-    for text in ("hardest decile", "4 clean, last weights", "decile 10", "-o dpls.scale=0", "difficulty.json"):
+    for text in ("hardest decile", "hardest, loss", "4 clean, last weights", "decile 10", "-o dpls.scale=0", "difficulty.json"):
         assert text in shown.stdout
     # The last epoch did not see all 30, so that there are counts for each two measures.
     seen = int((~load_tensors(run / EXAMPLES)[0]["adversarial"][4, :30].isnan()).sum())

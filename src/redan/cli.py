@@ -483,6 +483,13 @@ def _study_difficulty(
             ]
             console.print(f"{growth.measure}, of {growth.examples} training images:", soft_wrap=True)
             _print_table(("run", title, "easiest decile", "hardest decile", "all"), rows)
+            losses = [
+                [point.run, f"{point.radius:.4g}", f"{point.easiest_loss:.4f}", f"{point.hardest_loss:.4f}"]
+                for point in growth.points
+                if point.hardest_loss is not None
+            ]
+            if losses:
+                _print_table(("run", title, "easiest, loss", "hardest, loss"), losses)
     names, known = result.correlations.names, result.correlations.examples
     rows = [[f"{i} {name}", str(known[i - 1][i - 1])] for i, name in enumerate(names, 1)]
     _print_table(("measure of difficulty", "images"), rows)
@@ -768,7 +775,7 @@ def prune(
         return
     console.print(
         f"Index file: {path}, {images} of {size} training images of {name}. "
-        f"Next: redan train RECIPE -o data.indices={path}",
+        f"Next: redan train RECIPE -o data.indices={path} -o data.train_samples=null",
         soft_wrap=True,
         markup=False,
     )

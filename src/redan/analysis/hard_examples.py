@@ -198,6 +198,7 @@ def study_difficulty(
         [subject.name] * len(threats),
         [threat.radius for threat in threats],
         difficulty,
+        losses=True,
     )
     assert growth is not None  # of at least ten examples, all measured
     gallery = _gallery(subject, difficulty.mean(0))
@@ -358,13 +359,19 @@ def _deciles(difficulty: Tensor) -> Sequence[Tensor]:
     return difficulty.argsort(stable=True).tensor_split(DECILES)
 
 
-def _growth(measure: str, runs: Sequence[str], radii: Sequence[float], difficulty: Tensor) -> Growth | None:
-    """Of difficulties ``(points, examples)``, on the examples that every point knows; None where these are too few."""
+def _growth(
+    measure: str, runs: Sequence[str], radii: Sequence[float], difficulty: Tensor, *, losses: bool
+) -> Growth | None:
+    """Of difficulties ``(points, examples)``, on the examples that every point knows; None where these are too few.
+
+    With ``losses``, of 1 - p_y of one pass, also of -log p_y, at most -log ``LEAST``.
+    """
     difficulty = difficulty[:, ~difficulty.isnan().any(0)]
     examples = difficulty.shape[1]
     if examples < DECILES:
         return None
     tenths = _deciles(difficulty.mean(0))
+    loss = (1 - difficulty).clamp(min=LEAST).log().neg()
     points = tuple(
         GrowthPoint(
             run=run,
@@ -372,8 +379,10 @@ def _growth(measure: str, runs: Sequence[str], radii: Sequence[float], difficult
             easiest=float(values[tenths[0]].mean()),
             hardest=float(values[tenths[-1]].mean()),
             mean=float(values.mean()),
+            easiest_loss=float(its_loss[tenths[0]].mean()) if losses else None,
+            hardest_loss=float(its_loss[tenths[-1]].mean()) if losses else None,
         )
-        for run, radius, values in zip(runs, radii, difficulty, strict=True)
+        for run, radius, values, its_loss in zip(runs, radii, difficulty, loss, strict=True)
     )
     return Growth(measure=measure, examples=examples, points=points)
 
@@ -407,7 +416,8 @@ def _training_growth(subjects: Sequence[_Subject], wanted: _Examples, seed: int,
     else:
         measure = f"1 - p_y of PGD-{STEPS} within the radius of training, on the last weights"
         values = [_attacked(subject, wanted, subject.trained_threat, seed, bar) for subject in subjects]
-    growth = _growth(measure, [subject.name for subject in subjects], radii, torch.stack(values))
+    names, one_pass = [subject.name for subject in subjects], measure.startswith("1 - p_y")
+    growth = _growth(measure, names, radii, torch.stack(values), losses=one_pass)
     return f"the runs share fewer than {DECILES} training examples: no growth over runs" if growth is None else growth
 
 

@@ -92,13 +92,19 @@ class Correlations(Frozen):
 
 
 class GrowthPoint(Frozen):
-    """Mean difficulty of the easiest and the hardest decile and of all examples, in ``run`` at ``radius``."""
+    """Mean difficulty of the easiest and the hardest decile and of all examples, in ``run`` at ``radius``.
+
+    ``easiest_loss`` and ``hardest_loss`` are the means of -log p_y, which does not end at 1 as difficulty does; None
+    where difficulty is a mean over epochs.
+    """
 
     run: str
     radius: float
     easiest: float
     hardest: float
     mean: float
+    easiest_loss: float | None = None
+    hardest_loss: float | None = None
 
 
 class Growth(Frozen):

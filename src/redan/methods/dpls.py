@@ -37,7 +37,7 @@ class DPLSConfig(Config):
     """
 
     difficulty: Measure = "confidence"
-    first: int = Field(5, ge=0)
+    first: int = Field(4, ge=0)
     warmup: int = Field(70, ge=1)
     scale: float = Field(0.4, ge=0)
     cap: float = Field(0.9, ge=0, lt=1)
