@@ -87,7 +87,7 @@ def spread(values: Sequence[float | None]) -> str:
     known = [100 * value for value in values if value is not None]
     if len(known) < len(values):
         return "–"
-    return f"{mean(known):.1f} ± {stdev(known):.1f}" if len(known) > 1 else f"{known[0]:.1f}"
+    return f"{mean(known):.1f} ± {stdev(known):.1f}" if len(known) > 1 else f"{known[0]:+.1f}"
 
 
 def pooled(root: Path, base: str, images: int | None) -> None:
@@ -129,6 +129,8 @@ def single(root: Path, base: str) -> None:
                 accuracies = [None if it is None else it.robust for it in each]
                 accuracies = [None if each[0] is None else each[0].clean, *accuracies]
                 line(name, run.seed, checkpoint, f"{epoch}{'*' if epoch <= WARMUP else ''}", *map(percent, accuracies))
+            columns = [clean, *(partial(robust, attack, None) for attack in ATTACKS)]
+            line(name, run.seed, "best − last", "–", *(gap([run], column) for column in columns))
 
 
 def overfitting(root: Path) -> None:
