@@ -500,7 +500,8 @@ def test_the_command_prints_tables_or_one_document(run: Path) -> None:
     arguments = ["analyse", str(run), "--difficulty", "--samples", "30"]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.stderr
-    for text in ("hardest decile", "hardest, loss", "4 clean, last weights", "decile 10", "-o dpls.scale=0", "difficulty.json"):
+    texts = ("hardest decile", "hardest, loss", "4 clean, last weights", "decile 10", "-o dpls.scale=0")
+    for text in (*texts, "difficulty.json"):
         assert text in shown.stdout
     # The last epoch did not see all 30, so that there are counts for each two measures.
     seen = int((~load_tensors(run / EXAMPLES)[0]["adversarial"][4, :30].isnan()).sum())
