@@ -129,7 +129,8 @@ def single(root: Path, base: str) -> None:
                 accuracies = [None if it is None else it.robust for it in each]
                 accuracies = [None if each[0] is None else each[0].clean, *accuracies]
                 line(name, run.seed, checkpoint, f"{epoch}{'*' if epoch <= WARMUP else ''}", *map(percent, accuracies))
-            columns = [clean, *(partial(robust, attack, None) for attack in ATTACKS)]
+            columns: list[Callable[[Run, str], float | None]] = [clean]
+            columns += [partial(robust, attack, None) for attack in ATTACKS]
             line(name, run.seed, "best − last", "–", *(gap([run], column) for column in columns))
 
 
