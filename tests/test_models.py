@@ -12,6 +12,7 @@ from redan.models.preact_resnet import PreActBlock
 from redan.models.registry import MODELS, build_model, model_options
 from redan.models.resnet import BasicBlock
 from redan.models.split_norm import Branch, SplitBatchNorm2d, merge_batch_norm, split_batch_norm
+from redan.models.stages import Projection
 
 # Small enough to run at 64 pixels.
 THIN: dict[str, dict[str, int]] = {
@@ -132,6 +133,25 @@ def test_the_second_stage_halves_the_image_or_keeps_it(name: str, stride: int, s
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
     assert seen == sides
     assert parameters(model) == parameters(build(name, width=2))
+
+
+@pytest.mark.parametrize("side", [7, 8])
+@pytest.mark.parametrize("channels", [2, 5, 8])
+def test_a_projection_is_a_matrix_at_every_second_pixel(channels: int, side: int) -> None:
+    # In the memory format of training, where oneDNN's own gradient of a narrow one is wrong on some processors.
+    torch.manual_seed(0)
+    layer = Projection(channels, 4, 2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(16, channels, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+    direction = torch.randn(16, 4, 4, 4)
+    matrix = layer.weight.detach().double()[:, :, 0, 0].requires_grad_()
+    pixels = images.detach().double().requires_grad_()
+    expected = torch.einsum("oc,nchw->nohw", matrix, pixels[:, :, ::2, ::2])
+    output = layer(images)
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+    by_weight, by_image = torch.autograd.grad((output * direction).sum(), (layer.weight, images))
+    expected_grads = torch.autograd.grad((expected * direction).sum(), (matrix, pixels))
+    torch.testing.assert_close(by_weight.double()[:, :, 0, 0], expected_grads[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(by_image.double(), expected_grads[1], atol=1e-5, rtol=1e-5)
 
 
 def batch_norm(x: Tensor, layer: nn.BatchNorm2d) -> Tensor:

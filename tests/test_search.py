@@ -410,7 +410,7 @@ def test_models_that_cannot_be_traced_are_searched_as_they_are(kind: Callable[[]
     model, x, labels = kind().eval(), images(), torch.arange(12) % 4
     search = SearchModel(model)
     logits, _, gradient = search.gradient(x, cross_entropy, labels)
-    assert torch.equal(logits, model(x))
+    torch.testing.assert_close(logits, model(x))  # the memory format is its own
     torch.testing.assert_close(gradient, gradient_of(model, x, labels))
     assert gradient.abs().flatten(1).amax(1).min() > 0
     with torch.no_grad():

@@ -352,7 +352,7 @@ def _twin(model: nn.Module, *, training: bool, own_buffers: bool) -> nn.Module:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Normalise) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (Normalise, nn.Conv2d)) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _FoldedCopy:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from redan.models.norms import Normalise
-from redan.models.stages import stages
+from redan.models.stages import Projection, stages
 
 
 class PreActBlock(nn.Module):
@@ -20,7 +20,7 @@ class PreActBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
         self.projects = stride != 1 or channels_in != channels_out
         if self.projects:
-            self.shortcut = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
+            self.shortcut = Projection(channels_in, channels_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = torch.relu(self.bn1(x))

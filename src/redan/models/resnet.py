@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from redan.models.norms import Normalise
-from redan.models.stages import stages
+from redan.models.stages import Projection, stages
 
 
 class BasicBlock(nn.Module):
@@ -20,9 +20,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels_out)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels_in != channels_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
-            )
+            self.shortcut = nn.Sequential(Projection(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out))
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.relu(self.bn1(self.conv1(x)))
