@@ -540,6 +540,8 @@ EVERY = pytest.mark.parametrize("attack", ALL.values(), ids=ALL)
 
 @EVERY
 def test_the_generator_decides(attack: FAB, net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    # Each run's first point: longer ones come to the same from most starts.
+    attack = dataclasses.replace(attack, steps=1, nearest=True)
     first = attack(net, *batch, generator=draws(1))
     assert torch.equal(first, attack(net, *batch, generator=draws(1)))
     assert not torch.equal(first, attack(net, *batch, generator=draws(2)))
