@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from redan.certification.alpha_crown import AlphaCrown
 from redan.certification.crown import Crown
 from redan.certification.interval import Box, Interval
+from redan.certification.memory import keep_freed_memory
 from redan.certification.network import Network, Relu
 from redan.certification.reading import read_network
 from redan.certification.regions import Region, Specification
@@ -313,6 +314,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     rows, cases = [], {}
     for name in args.networks:
         it = case(name, max(args.batches or [100]), args.weights, args.weights_big)

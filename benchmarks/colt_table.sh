@@ -16,19 +16,23 @@ once() {
     touch "$out/done/$name"
 }
 
+# resumed PATH: the option, where an unfinished one lies there
+resumed() {
+    if test -e "$1"; then echo --resume; fi
+}
+
 # row METHODS RECIPE...: each trained, attacked, and certified by each method, on the first 1,000 test images
 row() {
     methods=$1
     shift
     for recipe in "$@"; do
         run=$out/$recipe
-        resume=
-        test -e "$run/recipe.yaml" && resume=--resume
-        once "$recipe" redan train "$recipe" --out "$run" $resume
-        once "$recipe-autoattack" redan evaluate "$run" --attack autoattack --samples 1000 --no-curve --resume
+        once "$recipe" redan train "$recipe" --out "$run" $(resumed "$run/recipe.yaml")
+        once "$recipe-autoattack" redan evaluate "$run" --attack autoattack --samples 1000 --no-curve \
+            $(resumed "$run"/results/autoattack-*.partial)
         for method in $methods; do
             once "$recipe-$method" redan certify "$run" --method "$method" --samples 1000 --timeout "$seconds" \
-                --no-curve --resume
+                --no-curve $(resumed "$run"/certificates/"$method"-*.partial)
         done
     done
 }

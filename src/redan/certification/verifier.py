@@ -26,6 +26,7 @@ from redan.certification.colt import ITERATIONS, LateMilp
 from redan.certification.crown import Crown
 from redan.certification.input_split import InputSplit
 from redan.certification.interval import Interval
+from redan.certification.memory import keep_freed_memory
 from redan.certification.milp import minimise
 from redan.certification.network import Network
 from redan.certification.reduced import reduce, stack
@@ -211,6 +212,7 @@ class Verifier:
             UserError: where a search is asked for by name that the network is not made for: input splitting with too
                 many inputs, those on ReLUs with sigmoids.
         """
+        keep_freed_memory()
         inputs = torch.Size(network.input_shape).numel()
         if self.method == "input-split" and inputs > MOST_INPUTS:
             raise UserError(f"input-split is for networks of at most {MOST_INPUTS} inputs; this one has {inputs}")
