@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/colt"))
     runs = sorted(file.parent for file in parser.parse_args().folder.glob("*/recipe.yaml"))
-    proofs = {run: {it.method: it for it in map(Certificates.load, run.glob("certificates/*.json"))} for run in runs}
+    proofs = {run: sorted(map(Certificates.load, run.glob("certificates/*.json")), key=_order) for run in runs}
 
     print("## Accuracies\n")
     table("run", "training, minutes", "clean", "AutoAttack", *METHODS)
@@ -26,24 +26,28 @@ def main() -> None:
         seconds = sum(json.loads(row)["seconds"] for row in (run / "metrics.jsonl").read_text().splitlines())
         attacked = [Evaluation.load(file) for file in run.glob("results/autoattack-*.json")]
         clean, robust = (attacked[0].clean, attacked[0].robust) if attacked else (None, None)
-        found = proofs[run]
-        proved = (percent(found[method].proved if method in found else None) for method in METHODS)
+        last = {it.method: it for it in proofs[run]}  # on the most images, with the most time
+        proved = (percent(last[method].proved if method in last else None) for method in METHODS)
         line(run.name, f"{seconds / 60:.0f}", percent(clean), percent(robust), *proved)
 
     print("\n## Verdicts and times\n")
-    table("run", "method", "images", "certified", "falsified", "open", "misclassified", "seconds in all")
+    table("run", "method", "timeout", "images", "certified", "falsified", "open", "misclassified", "seconds in all")
     for run, found in proofs.items():
-        for method in METHODS:
-            if (it := found.get(method)) is not None:
-                counts = (it.images, it.certified, it.falsified, it.unknown, it.misclassified)
-                line(run.name, method, *counts, f"{it.seconds:.0f}")
+        for it in found:
+            counts = (it.images, it.certified, it.falsified, it.unknown, it.misclassified)
+            line(run.name, it.method, f"{it.timeout:g}", *counts, f"{it.seconds:.0f}")
 
     print("\n## By what\n")
-    table("run", "method", "verdict", "by", "images", "seconds each", "at most")
+    table("run", "method", "timeout", "verdict", "by", "images", "seconds each", "at most")
     for run, found in proofs.items():
-        for method in METHODS:
-            for verdict, by, images, each, most in found[method].settled if method in found else ():
-                line(run.name, method, verdict, by or "–", images, f"{each:.3g}", f"{most:.3g}")
+        for it in found:
+            for verdict, by, images, each, most in it.settled:
+                row = (verdict, by or "–", images, f"{each:.3g}", f"{most:.3g}")
+                line(run.name, it.method, f"{it.timeout:g}", *row)
+
+
+def _order(it: Certificates) -> tuple[int, int, float]:
+    return METHODS.index(it.method), it.images, it.timeout
 
 
 if __name__ == "__main__":

@@ -476,6 +476,8 @@ def lp_refine(
     encoding = Encoding(network, region, layers, image, target=position, wanted=wanted, sound=sound)
     relaxed = Binaries(per_layer=0)
     for neuron in np.flatnonzero(wanted).tolist():
+        if time.monotonic() >= deadline:  # the program alone, of which there may be thousands, takes a while
+            break
         unit = np.zeros(len(wanted))
         # First the side that may settle the sign; if it does, the ReLU needs no more.
         for sign in (1.0, -1.0) if lower[neuron] + upper[neuron] > 0 else (-1.0, 1.0):
