@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from redan.certification.interval import Box, step
+from redan.certification.memory import keep_freed_memory
 from redan.certification.network import Affine, Network, Relu
 from redan.certification.regions import Region
 
@@ -51,6 +52,7 @@ def estimate_bounds(
     Returns:
         By position of the layer that a ReLU takes: lower and upper, ``(n, *shape)``.
     """
+    keep_freed_memory()
     region = region.to(network.dtype, network.device)
     dtype = network.dtype if dtype is None else dtype
     wanted = [i for i in network.bent if until is None or i <= until]

@@ -12,8 +12,8 @@ SIZE = 2**30  # bytes
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory of up to a gibibyte, for as long as the process lives; elsewhere, do nothing.
 
-    A zonotope's rows are tens of megabytes, made and freed at each layer. By default each such block comes from the
-    system page by page, which takes half the time of bounding a small network.
+    A zonotope's rows are tens of megabytes, and its projections hundreds, made and freed at each layer. By default each
+    such block comes from the system page by page, which takes up to half of the time.
     """
     if sys.platform != "linux":
         return
