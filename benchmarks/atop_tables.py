@@ -16,19 +16,27 @@ OWN = "linf:8/255"
 RULES = ("mean", "worst", "majority", "fixed")
 
 
-def evaluations(root: Path) -> dict[str, list[Evaluation]]:
-    """Those under the protocol, by table and run."""
+def evaluations(root: Path, attack: str) -> dict[str, list[Evaluation]]:
+    """Those by an attack whose name begins so, by table and run."""
     found: dict[str, list[Evaluation]] = {}
-    for file in sorted(root.glob("*/*/results/purification-*.json")):
+    for file in sorted(root.glob(f"*/*/results/{attack}-*.json")):
         run = file.parent.parent
         found.setdefault(f"{run.parent.name}: {run.name}", []).append(Evaluation.load(file))
     return found
 
 
+def rules(name: str, it: Evaluation) -> None:
+    """Print what each rule counts, of a network that draws at random."""
+    if (counts := it.randomised) is not None:
+        pairs = ((getattr(counts.clean, rule), getattr(counts.robust, rule)) for rule in RULES)
+        line(name, *(f"{percent(clean)}, {percent(robust)}" for clean, robust in pairs))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/atop"))
-    runs = evaluations(parser.parse_args().folder)
+    folder = parser.parse_args().folder
+    runs = evaluations(folder, "purification")
     own = {name: it for name, each in runs.items() for it in each if it.threat == OWN}
 
     print(f"## Within {OWN}\n")
@@ -39,9 +47,13 @@ def main() -> None:
     print("\n## By each rule of counting: clean, robust\n")
     table("run", *RULES)
     for name, it in own.items():
-        if (counts := it.randomised) is not None:
-            pairs = ((getattr(counts.clean, rule), getattr(counts.robust, rule)) for rule in RULES)
-            line(name, *(f"{percent(clean)}, {percent(robust)}" for clean, robust in pairs))
+        rules(name, it)
+
+    print("\n## By longer attacks, likewise\n")
+    table("run", *RULES)
+    for name, each in evaluations(folder, "pgd").items():
+        for it in each:
+            rules(f"{name}, {it.attack}, {it.samples} images", it)
 
     print("\n## After each attack\n")
     for name, it in own.items():

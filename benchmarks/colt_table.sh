@@ -5,21 +5,7 @@
 #   sh benchmarks/colt_table.sh [FOLDER] [SECONDS]       SECONDS: for each image that bounds leave open
 out=${1:-runs/colt}
 seconds=${2:-10}
-mkdir -p "$out/done" || exit
-
-# once NAME COMMAND...: which goes on where it was stopped
-once() {
-    name=$1
-    shift
-    test -e "$out/done/$name" && return
-    "$@" || exit
-    touch "$out/done/$name"
-}
-
-# resumed PATH: the option, where an unfinished one lies there
-resumed() {
-    if test -e "$1"; then echo --resume; fi
-}
+. "$(dirname "$0")/once.sh"
 
 # row METHODS RECIPE...: each trained, attacked, and certified by each method, on the first 1,000 test images
 row() {
