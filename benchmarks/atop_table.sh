@@ -10,7 +10,7 @@
 out=${1:-runs/atop}
 steps=${2:-50}
 draws=${3:-20}
-all="classifiers rt2 rt1 rt3 noise masks published arat stronger longer threats"
+all="classifiers rt2 rt1 rt3 noise masks published arat longer threats"
 if test $# -gt 3; then shift 3; else set -- $all; fi
 . "$(dirname "$0")/once.sh"
 plain=$out/classifiers/standard-cifar10-mini
@@ -99,12 +99,8 @@ for table in "$@"; do
     arat)
         going_on arat/atop rt2/untold "$out/classifiers/arat-cifar10-mini" atop-arat-cifar10-mini -o $sigma=0.03125
         ;;
-    stronger) # than published, in attack and weight: does a purifier withstand then?
-        row rt2/stronger atop-cifar10-mini -o $sigma=0.03125 -o attack.steps=5 -o attack.step_size=2/255 \
-            -o purification.weight=1.0
-        ;;
-    longer) # attacks, on fewer images, where gradients are noisiest; and on AToP as published else
-        for name in published/untold published/atop rt2/atop; do
+    longer) # attacks, on fewer images: on AToP, and where gradients are noisiest
+        for name in rt2/atop published/untold published/atop; do
             once "longer-$(echo $name | tr / -)" redan evaluate "$out/$name" --attack "pgd-$((4 * steps)):cw" \
                 --draws $((4 * draws)) --samples 128 --threat linf:8/255 --no-curve \
                 $(resumed "$out/$name"/results/pgd-*.partial)
