@@ -14,7 +14,8 @@ all="classifiers rt2 rt1 rt3 noise masks published arat longer threats"
 if test $# -gt 3; then shift 3; else set -- $all; fi
 . "$(dirname "$0")/once.sh"
 plain=$out/classifiers/standard-cifar10-mini
-sigma=purification.transform.sigma
+transform=purification.transform
+little="-o $transform.sigma=0.03125" # of noise: what the paper's 0.25 at 256 pixels a side is once these are made 32
 
 # evaluated NAME [THREAT...]: under the protocol, on the first 512 test images
 evaluated() {
@@ -44,13 +45,6 @@ going_on() {
     evaluated "$name"
 }
 
-# untold TABLE RECIPE [OPTION...]: the purifier of `rt2` made to complete what another transform leaves of an image
-untold() {
-    table=$1
-    shift
-    going_on "$table/untold" rt2/untold "$plain" "$@"
-}
-
 # row NAME RECIPE [OPTION...]: from the table's untold purifier on, so that its rows differ in finetuning alone
 row() {
     name=$1
@@ -58,7 +52,14 @@ row() {
     going_on "$name" "${name%/*}/untold" "$plain" "$@"
 }
 
-# Noise as the paper's 0.25 is at 256 pixels a side once these are made 32, and, in `published`, 0.25 at 32.
+# pair UNTOLD ATOP [OPTION...]: RT2's purifier learns what another transform leaves of an image, and then of attacks
+pair() {
+    off=$1 told=$2
+    shift 2
+    going_on "$table/untold" rt2/untold "$plain" "$off" "$@"
+    row "$table/atop" "$told" "$@"
+}
+
 for table in "$@"; do
     case $table in
     classifiers)
@@ -68,36 +69,32 @@ for table in "$@"; do
         done
         ;;
     rt2) # told of nothing, of classes, of attacks on the whole and on the bare classifier; and as the code has it in all
-        trained rt2/untold atop-off-rt2-cifar10-mini -o $sigma=0.03125 $PURIFIED $PRETRAINING \
+        trained rt2/untold atop-off-rt2-cifar10-mini $little $PURIFIED $PRETRAINING \
             -o purification.trained_classifier="$plain" -o purification.classifier_training.epochs=0
         evaluated rt2/untold
-        row rt2/atop atop-cifar10-mini -o $sigma=0.03125
-        row rt2/clean atop-clean-cifar10-mini -o $sigma=0.03125
-        row rt2/adversary atop-cifar10-mini -o $sigma=0.03125 -o purification.adversary=classifier
-        row rt2/code atop-code-cifar10-mini -o $sigma=0.03125
+        row rt2/atop atop-cifar10-mini $little
+        row rt2/clean atop-clean-cifar10-mini $little
+        row rt2/adversary atop-cifar10-mini $little -o purification.adversary=classifier
+        row rt2/code atop-code-cifar10-mini $little
         ;;
     rt1) # masks alone
-        untold rt1 atop-off-rt1-cifar10-mini
-        row rt1/atop atop-rt1-cifar10-mini
+        pair atop-off-rt1-cifar10-mini atop-rt1-cifar10-mini
         ;;
     rt3) # each pixel hidden once, by four passes; each is one of RT2, which the purifier knows
-        untold rt3 atop-off-rt3-cifar10-mini -o $sigma=0.03125 -o epochs=1
-        row rt3/atop atop-rt3-cifar10-mini -o $sigma=0.03125
+        going_on rt3/untold rt2/untold "$plain" atop-off-rt3-cifar10-mini $little -o epochs=1
+        row rt3/atop atop-rt3-cifar10-mini $little
         ;;
     noise) # alone
-        untold noise atop-off-rt2-cifar10-mini -o $sigma=0.03125 -o purification.transform.missing=0.0
-        row noise/atop atop-cifar10-mini -o $sigma=0.03125 -o purification.transform.missing=0.0
+        pair atop-off-rt2-cifar10-mini atop-cifar10-mini $little -o $transform.missing=0.0
         ;;
     masks) # the same for all images, for ever
-        untold masks atop-off-rt2-cifar10-mini -o $sigma=0.03125 -o purification.transform.masks=fixed
-        row masks/atop atop-cifar10-mini -o $sigma=0.03125 -o purification.transform.masks=fixed
+        pair atop-off-rt2-cifar10-mini atop-cifar10-mini $little -o $transform.masks=fixed
         ;;
-    published)
-        untold published atop-off-rt2-cifar10-mini
-        row published/atop atop-cifar10-mini
+    published) # noise of 0.25, at 32 pixels
+        pair atop-off-rt2-cifar10-mini atop-cifar10-mini
         ;;
     arat)
-        going_on arat/atop rt2/untold "$out/classifiers/arat-cifar10-mini" atop-arat-cifar10-mini -o $sigma=0.03125
+        going_on arat/atop rt2/untold "$out/classifiers/arat-cifar10-mini" atop-arat-cifar10-mini $little
         ;;
     longer) # attacks, on fewer images: on AToP, and where gradients are noisiest
         for name in rt2/atop published/untold published/atop; do
