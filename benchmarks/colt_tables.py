@@ -21,14 +21,15 @@ def main() -> None:
     proofs = {run: sorted(map(Certificates.load, run.glob("certificates/*.json")), key=_order) for run in runs}
 
     print("## Accuracies\n")
-    table("run", "training, minutes", "clean", "AutoAttack", *METHODS)
+    table("run", "training, minutes", "clean", "AutoAttack", *METHODS, "not refuted by the last")
     for run in runs:
         seconds = sum(json.loads(row)["seconds"] for row in (run / "metrics.jsonl").read_text().splitlines())
         attacked = [Evaluation.load(file) for file in run.glob("results/autoattack-*.json")]
-        clean, robust = (attacked[0].clean, attacked[0].robust) if attacked else (None, None)
+        robust = attacked[0].robust if attacked else None
         last = {it.method: it for it in proofs[run]}  # on the most images, with the most time
         proved = (percent(last[method].proved if method in last else None) for method in METHODS)
-        line(run.name, f"{seconds / 60:.0f}", percent(clean), percent(robust), *proved)
+        clean, standing = (proofs[run][-1].clean, proofs[run][-1].standing) if last else (None, None)
+        line(run.name, f"{seconds / 60:.0f}", percent(clean), percent(robust), *proved, percent(standing))
 
     print("\n## Verdicts and times\n")
     table("run", "method", "timeout", "images", "certified", "falsified", "open", "misclassified", "seconds in all")
