@@ -21,7 +21,7 @@ row() {
                     $(resumed "$run"/results/autoattack-*.partial)
                 ;;
             *)
-                once "$recipe-$step" redan certify "$run" --method "$step" --samples 1000 --timeout "$seconds" \
+                once "$recipe-$step-$seconds" redan certify "$run" --method "$step" --samples 1000 --timeout "$seconds" \
                     --no-curve $(resumed "$run"/certificates/"$step"-*.partial)
                 ;;
             esac

@@ -70,21 +70,22 @@ def wide(inputs: int = 30, hidden: int = 12) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("shared", "k"), [(False, 50), (True, 50), (False, 200)])
 def test_estimates_of_one_group_have_the_spread_of_theory(
-    dtype: torch.dtype, shared: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, shared: bool, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cauchy, "DRAWS", 3000 * 50 * (3 if shared else 30))
+    monkeypatch.setattr(cauchy, "DRAWS", 3000 * k * (3 if shared else 30))
     network = read_chain(wide(), (30, 1, 1))
     region = Region.around(torch.rand(3000, 30, 1, 1), Linf(0.1))
     with torch.no_grad():
-        found = estimate_bounds(network, region, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        draws = torch.Generator().manual_seed(0)
+        found = estimate_bounds(network, region, projections=k, generator=draws, dtype=dtype)
         weight = network.layers[4].linear(network.layers[2].weight.t()).t()  # type: ignore[attr-defined]
         exact = ((region.upper - region.lower) / 2).float().flatten(1) @ weight.abs().t()
         lower, upper = found[4]
         ratio = (upper - lower) / 2 / exact
     assert ratio.mean(0).tolist() == pytest.approx([1] * 3, abs=0.04)
-    assert ratio.std(0).tolist() == pytest.approx([math.pi / (2 * math.sqrt(50))] * 3, rel=0.15)
+    assert ratio.std(0).tolist() == pytest.approx([math.pi / (2 * math.sqrt(k))] * 3, rel=0.15)
     if not shared:  # one image's estimate says nothing of the next one's
         pairs = torch.stack([ratio[:-1, 0], ratio[1:, 0]])
         assert abs(float(torch.corrcoef(pairs)[0, 1])) < 4 / math.sqrt(3000)

@@ -196,7 +196,7 @@ def test_a_phase_changes_nothing_before_its_layer(big: bool) -> None:
         assert len(frozen) == 2 * j
 
 
-# Of the attack in the authors' script: times that the gradient is computed, the last of which moves nothing.
+# Of the attack in the authors' script: points that are computed. It stops at the last, so takes one step fewer.
 EVALUATIONS = 8
 
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -18,3 +18,10 @@ def derive_seed(*parts: int | str) -> int:
 def generator(*parts: int | str) -> Generator:
     """A CPU generator seeded with ``derive_seed(*parts)``."""
     return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+def generator_on(device: torch.device, draws: Generator | None) -> Generator | None:
+    """What draws on the device: a CPU generator itself there, elsewhere one that its next draw seeds."""
+    if draws is None or device.type == "cpu":
+        return draws
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=draws)))

@@ -16,6 +16,7 @@ from redan.certification.interval import Box, step
 from redan.certification.memory import keep_freed_memory
 from redan.certification.network import Affine, Network, Relu
 from redan.certification.regions import Region
+from redan.seeds import generator_on
 
 # Draws are clipped to this size, as in the published code.
 LARGEST = 1e10
@@ -127,8 +128,9 @@ def _draws(size: Tensor, projections: int, generator: Generator | None) -> Tenso
     flat = _channels_last(size).flatten(1)
     n, numbers = flat.shape
     apart = max(1, min(numbers, DRAWS // (projections * n)))
-    pool = torch.empty(projections, numbers + (n - 1) * apart).cauchy_(generator=generator)
-    pool = pool.clamp_(-LARGEST, LARGEST).to(size)
+    pool = torch.empty(projections, numbers + (n - 1) * apart, device=size.device)
+    pool.cauchy_(generator=generator_on(size.device, generator))  # millions: on a GPU, the CPU would take longer
+    pool = pool.clamp_(-LARGEST, LARGEST).to(size.dtype)
     draws = flat * pool.unfold(1, numbers, apart)
     draws = draws.view(projections, *_channels_last(size).shape)
     return _channels_first(draws) if size.dim() > 3 else draws

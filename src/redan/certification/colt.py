@@ -30,7 +30,8 @@ REFINED = 1  # of the layers that ReLUs take, counted from 0, the one that linea
 LP_SECONDS = 10.0  # for one neuron
 ITERATIONS = 500  # of Adam on the slopes, at most
 
-# Of each try: in how many ReLU layers at the end some are exact, and how many of each. Those published for 2/255.
+# Of each try: in how many ReLU layers at the end some are exact, and how many of each. Those published for 2/255; those
+# for 8/255 are 30, 60 and all of the last layer, then 120 of the last two.
 TRIES = ((1, 30), (1, 100), (2, 60))
 
 

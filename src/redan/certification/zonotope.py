@@ -197,11 +197,11 @@ class Learned:
     Attributes:
         bounds: the best of all passes.
         urgency: by position of each layer that a ReLU takes, how much the margins would gain by the slope of each of
-            its ReLUs, ``(n, *shape)``: the absolute value of the last gradient, zero where there was none.
+            its ReLUs, ``(n, *shape)``: the absolute value of the last gradient; None where no step was taken.
     """
 
     bounds: Bounds
-    urgency: dict[int, Tensor]
+    urgency: dict[int, Tensor] | None
 
 
 @full_products()
@@ -269,11 +269,11 @@ def learn(
             for slope in slopes.values():
                 slope.clamp_(0, 1)
         steps += 1
+    if not steps:
+        return Learned(bounds, None)
     urgency = {
         before[i]: torch.zeros_like(slope) if slope.grad is None else slope.grad.abs() for i, slope in slopes.items()
     }
-    if not steps:
-        return Learned(bounds, urgency)
     with torch.no_grad():
         double = {i: slope.double() for i, slope in best.items()}
         last = _Propagation(network.to(torch.float64), region, sound, double, given)

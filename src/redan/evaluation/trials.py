@@ -16,8 +16,8 @@ class Trial(Frozen):
         number: from 1, in the order in which the values were drawn.
         state: ``pruned`` trials were stopped early, ``waiting`` ones were interrupted and go on with the search.
         parameters: the values by dotted key of the recipe; empty where none are drawn yet.
-        value: the accuracy on held-out training images that the run's best checkpoint was chosen by, clean or robust as
-            the method has it (so far, where the state is not ``complete``), or their share that was certified.
+        value: the accuracy of the run's best checkpoint on held-out training images, clean or robust as the method has
+            it (so far, where the state is not ``complete``), or their share that was certified.
         run: the run folder; empty where none is begun yet.
         epochs: done in training.
         seconds: that they took.

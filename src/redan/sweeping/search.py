@@ -1,9 +1,9 @@
 """The best values of a space, searched by trials: Optuna draws them, a run is trained with each, held-out images judge.
 
-The judge is the accuracy that a run's best checkpoint is chosen by, or what of it can be certified, on training images
-that the recipe holds out; the test set is never looked at. A search's folder holds one run folder a trial,
-``sweep.json`` and ``sweep.md`` (the trials), ``space.yaml``, ``best.yaml`` (the best trial's recipe) and, unless
-another storage is named, ``sweep.sqlite``.
+The judge is the accuracy of a run's best checkpoint (robust, of methods without an attack clean), or what of it can be
+certified, on training images that the recipe holds out; the test set is never looked at. A search's folder holds one
+run folder a trial, ``sweep.json`` and ``sweep.md`` (the trials), ``space.yaml``, ``best.yaml`` (the best trial's
+recipe) and, unless another storage is named, ``sweep.sqlite``.
 """
 
 import shlex
@@ -480,9 +480,9 @@ def _markdown(found: Trials) -> str:
     failures = "".join(f"* trial {trial.number} failed: {trial.error}\n" for trial in found.trials if trial.error)
     return (
         f"# Search\n\n```\n{found.command}\n```\n\n{chosen}"
-        "Validation is the accuracy on held-out training images that the run's best checkpoint was chosen by or, with\n"
-        "`--certify`, that could be certified [95 % interval]; the greatest of many such is too high by chance, so\n"
-        "the test set has the last word. "
+        "Validation is the accuracy of the run's best checkpoint on held-out training images, under attack where the\n"
+        "method has one, or, with `--certify`, what of it could be certified [95 % interval]; the greatest of many\n"
+        "such is too high by chance, so the test set has the last word. "
         f"redan {found.redan_version}.\n\n{markdown_table(*summary(found))}" + (f"\n{failures}" if failures else "")
     )
 
