@@ -7,30 +7,48 @@ out=${1:-runs/colt}
 seconds=${2:-10}
 . "$(dirname "$0")/once.sh"
 
-# row STEPS RECIPE...: each trained, and attacked or certified, step by step, on the first 1,000 test images
+# train NAME RECIPE [OPTION]...
+train() {
+    name=$1
+    shift
+    once "$name" redan train "$@" --out "$out/$name" $(resumed "$out/$name/recipe.yaml")
+}
+
+# judge STEPS NAME: attacked or certified, step by step, on the first 1,000 test images
+judge() {
+    for step in $1; do
+        case $step in
+        autoattack)
+            once "$2-$step" redan evaluate "$out/$2" --attack autoattack --samples 1000 --no-curve \
+                $(resumed "$out/$2"/results/autoattack-*.partial)
+            ;;
+        *)
+            once "$2-$step-$seconds" redan certify "$out/$2" --method "$step" --samples 1000 --timeout "$seconds" \
+                --no-curve $(resumed "$out/$2"/certificates/"$step"-*.partial)
+            ;;
+        esac
+    done
+}
+
+# row STEPS RECIPE...: each trained and judged
 row() {
     steps=$1
     shift
     for recipe in "$@"; do
-        run=$out/$recipe
-        once "$recipe" redan train "$recipe" --out "$run" $(resumed "$run/recipe.yaml")
-        for step in $steps; do
-            case $step in
-            autoattack)
-                once "$recipe-$step" redan evaluate "$run" --attack autoattack --samples 1000 --no-curve \
-                    $(resumed "$run"/results/autoattack-*.partial)
-                ;;
-            *)
-                once "$recipe-$step-$seconds" redan certify "$run" --method "$step" --samples 1000 --timeout "$seconds" \
-                    --no-curve $(resumed "$run"/certificates/"$step"-*.partial)
-                ;;
-            esac
-        done
+        train "$recipe" "$recipe"
+        judge "$steps" "$recipe"
     done
 }
 
-row 'autoattack zonotope colt cascade' colt-mnist-mini pgd-at-mnist-mini
-row 'autoattack zonotope colt cascade' colt-cifar10-mini pgd-at-cifar10-mini-convmed
+all='autoattack zonotope colt cascade'
+row "$all" colt-mnist-mini pgd-at-mnist-mini
+row "$all" colt-cifar10-mini pgd-at-cifar10-mini-convmed
+# The first phases of ten epochs freeze what has hardly been learned: begin with PGD-AT's thirty, and give it all fifty.
+train colt-cifar10-mini-from-pgd-at colt-cifar10-mini -o 'schedule={name: cosine}' \
+    -o "method.trained_network=$out/pgd-at-cifar10-mini-convmed"
+judge "$all" colt-cifar10-mini-from-pgd-at
+train pgd-at-cifar10-mini-convmed-50 pgd-at-cifar10-mini-convmed -o epochs=50
+judge "$all" pgd-at-cifar10-mini-convmed-50
 # What the cascade leaves open of these is little: it brackets their accuracy without AutoAttack.
 row 'interval zonotope cascade' ibp-mnist-mini crown-ibp-mnist-mini sabr-mnist-mini mtl-ibp-mnist-mini
 row 'interval cascade' ibp-mnist-mini-cnn7 crown-ibp-mnist-mini-cnn7 sabr-mnist-mini-cnn7 mtl-ibp-mnist-mini-cnn7
