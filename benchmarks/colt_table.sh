@@ -24,7 +24,7 @@ judge() {
             ;;
         *)
             once "$2-$step-$seconds" redan certify "$out/$2" --method "$step" --samples 1000 --timeout "$seconds" \
-                --no-curve $(resumed "$out/$2"/certificates/"$step"-*.partial)
+                --no-curve $(resumed "$out/$2"/certificates/"$step"-*-timeout"$seconds"-*.partial)
             ;;
         esac
     done
