@@ -110,6 +110,31 @@ def test_a_group_that_is_a_box_is_not_estimated() -> None:
     assert ratio.std(0).tolist() == pytest.approx([math.pi / (2 * math.sqrt(50))] * 3, rel=0.15)
 
 
+def test_groups_have_medians_of_their_own() -> None:
+    """Of two sums of error terms a and b the spread is that of sqrt(a^2 + b^2), not, as of one median, of a + b."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(30, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    plain.extend([nn.ReLU(), nn.Linear(3, 2)])
+    with torch.no_grad():
+        plain[1].bias.zero_()  # type: ignore[operator]
+        plain[3].bias.fill_(100.0)  # type: ignore[operator]
+    network = read_chain(plain, (30, 1, 1))
+    region = Region.around(torch.rand(1, 30, 1, 1).expand(3000, -1, -1, -1), Linf(0.1))
+    with torch.no_grad():
+        found = estimate_bounds(network, region, generator=torch.Generator().manual_seed(0))
+        slope, mu = lines(*found[2])
+        first, second, third = (network.layers[i].linear(torch.eye(n)).t() for i, n in ((2, 30), (4, 12), (6, 8)))  # type: ignore[attr-defined]
+        radius = ((region.upper - region.lower) / 2).float().flatten(1)[0]
+        image, relu = (third @ second * slope[0] @ first).abs() @ radius, (third @ second).abs() @ mu[0]
+        lower, upper = found[6]
+        ratio = (upper - lower) / 2 / (image + relu)
+    share = (image**2 + relu**2).sqrt() / (image + relu)
+    assert (share < 0.8).all()
+    assert ratio.mean(0).tolist() == pytest.approx([1] * 3, abs=0.04)
+    expected = math.pi / (2 * math.sqrt(50)) * share
+    assert ratio.std(0).tolist() == pytest.approx(expected.tolist(), rel=0.15)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(50, 7, 3, 4, 5), (4, 3, 9), (1, 2, 2), (51, 2, 1100)])
 def test_the_scale_is_torchs_lower_median_with_its_gradient(dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -5,7 +5,7 @@ import itertools
 import json
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from redan.certification.reading import read_network
 from redan.certification.regions import Region, Specification
 from redan.data.pipeline import to_float
 from redan.data.registry import load_dataset
-from redan.data.types import Batch
+from redan.data.types import Batch, Facts
 from redan.errors import UserError
 from redan.methods.base import Adversary, OptimizerConfig, Phase, ScheduleConfig
 from redan.methods.certified import draw_weights, growth, imbalance, looseness
@@ -39,6 +39,7 @@ from redan.methods.targets import LabelSmoothing
 from redan.models.convnet import cnn7, conv_med
 from redan.models.norms import Normalise
 from redan.models.resnet import ResNet
+from redan.recipes.build import build
 from redan.recipes.schema import load_recipe
 from redan.tensors import load_tensors
 from redan.threats import L2, Linf
@@ -220,6 +221,22 @@ def test_batch_norm_in_training_normalises_bounds_by_the_clean_images() -> None:
     torch.testing.assert_close(boxes[-1][0], expected, rtol=1e-3, atol=1e-4)
     assert not moments.keys() - {i for i, it in enumerate(network) if isinstance(it, nn.BatchNorm1d | nn.BatchNorm2d)}
     assert len(moments) == 6 and observe_chain(network.eval(), images)[1] == {}
+
+
+@pytest.mark.parametrize("epoch", [0.0, 30.0])
+def test_gradients_go_through_the_moments(epoch: float) -> None:
+    """Times any factor, a layer before a BatchNorm gives the same loss: the gradient by that factor is 0."""
+    network = tiny("cnn7").train()
+    for module in network:
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.eps = 1e-12
+    make(network=network, epoch=epoch)(batch()).loss.backward()
+    before = [it for it, after in itertools.pairwise(network) if isinstance(after, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for layer in before:
+        weight = cast(nn.Parameter, layer.weight)
+        assert weight.grad is not None and weight.grad.norm() > 0
+        along = torch.cosine_similarity(weight.detach().flatten(), weight.grad.flatten(), 0)
+        assert abs(float(along)) < 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -609,6 +626,36 @@ def test_the_mini_recipes_take_as_many_steps_as_colts(name: str) -> None:
     assert other.model_dump(exclude=differ) == recipe.model_dump(exclude=differ)
 
 
+# The adversary's steps and their size in 255ths, epochs, when the rate falls, and what is the method's own.
+PUBLISHED: dict[str, tuple[tuple[int, float] | None, int, tuple[int, int], dict[str, Any]]] = {
+    "ibp-cifar10-2-cnn7": (None, 160, (120, 140), {}),
+    "ibp-cifar10-8-cnn7": (None, 160, (120, 140), {}),
+    "crown-ibp-cifar10-2-cnn7": (None, 160, (120, 140), {"beta": (1.0, 0.0)}),
+    "crown-ibp-cifar10-8-cnn7": (None, 160, (120, 140), {"beta": (1.0, 0.0)}),
+    "sabr-cifar10-2-cnn7": ((8, 0.5), 160, (119, 139), {"box": 0.1, "l1": 1e-6}),
+    "sabr-cifar10-8-cnn7": ((8, 2.0), 180, (139, 159), {"box": 0.7, "l1": 0.0}),
+    "mtl-ibp-cifar10-2-cnn7": ((8, 0.5), 160, (120, 140), {"alpha": 0.004, "attack_factor": 2.1, "l1": 3e-6}),
+    "mtl-ibp-cifar10-8-cnn7": ((1, 80.0), 260, (180, 220), {"alpha": 0.5, "attack_factor": 1.0, "l1": 1e-7}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_have_the_published_numbers(name: str) -> None:
+    recipe, (attack, epochs, milestones, own) = load_recipe(name), PUBLISHED[name]
+    build(recipe, Facts(3, 32, tuple("0123456789"), (0.5,), (0.2,)))
+    same = {"radius_factor": 1, "warmup": 1, "ramp": 80, "kappa": (0, 0), "regularisation": 0.5, "l1": 0.0}
+    assert recipe.method.options == same | {"initialise": True} | own and name.startswith(recipe.method.name)
+    assert recipe.threat == f"linf:{name.split('-cifar10-')[1][0]}/255"
+    if attack is not None:
+        assert recipe.attack.steps == attack[0] and recipe.attack.step_size == pytest.approx(attack[1] / 255)
+    schedule, optimizer = recipe.schedule, recipe.optimizer
+    assert (recipe.epochs, schedule.name, tuple(schedule.milestones)) == (epochs, "multistep", milestones)
+    assert (optimizer.name, optimizer.lr, schedule.factor, recipe.batch_size) == ("adam", 5e-4, 0.2, 128)
+    assert recipe.gradient_clip == (None if "sabr" in name else 10.0)
+    assert (recipe.model.name, recipe.model.options) == ("cnn7", {"width": 64, "hidden": 512})
+    assert (recipe.data.validation_samples, recipe.data.train_samples) == (0, None)
+
+
 # What cannot be.
 
 PLANNED = Phase("training", 10, OptimizerConfig(lr=0.1), ScheduleConfig())
@@ -646,6 +693,12 @@ def test_attacks_on_held_out_images_choose_nothing() -> None:
 def test_what_is_out_of_range_is_refused(family: type[IBP], options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make(family, **options)
+
+
+@pytest.mark.parametrize(("key", "value"), [("method.beta", [1]), ("method.kappa", [])])
+def test_a_list_that_is_too_short_is_told(key: str, value: list[int]) -> None:
+    with pytest.raises(UserError, match=r"a list of 2 is needed, got \["):
+        load_recipe("crown-ibp-mnist-mini", {key: value})
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from redan.certification.regions import Region, Specification
 from redan.certification.zonotope import Zonotope, _Propagation
 from redan.data.types import Batch, Facts
 from redan.errors import UserError
+from redan.methods import colt
 from redan.methods.base import Adversary, OptimizerConfig, Phase, ScheduleConfig
 from redan.methods.colt import COLT
 from redan.methods.targets import LabelSmoothing
@@ -403,6 +404,30 @@ def test_in_bfloat16_the_loss_is_close() -> None:
     assert found[0] != found[1] == pytest.approx(found[0], rel=0.02)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_estimates_and_searches_are_in_the_adversarys_type(
+    precision: Literal["float32", "bfloat16"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.dtype] = []
+    convert = Latent.to
+
+    def estimated(*arguments: Any, dtype: torch.dtype, **options: Any) -> Any:
+        asked.append(dtype)
+        return estimate_bounds(*arguments, dtype=dtype, **options)
+
+    def converted(latent: Latent, dtype: torch.dtype) -> Latent:
+        asked.append(dtype)
+        return convert(latent, dtype)
+
+    monkeypatch.setattr(colt, "estimate_bounds", estimated)
+    monkeypatch.setattr(Latent, "to", converted)
+    method = make("layer 2", done=5.0)
+    assert method.adversary is not None
+    method.adversary = replace(method.adversary, precision=precision)
+    points = method.perturb(batch(4))
+    assert asked == [getattr(torch, precision)] * 2 and points.dtype == torch.float32
+
+
 # Whole runs.
 
 TINY: dict[str, Any] = {
@@ -529,6 +554,7 @@ def test_networks_that_are_no_chain_are_refused() -> None:
         ({"l1": float("nan")}, "l1 of at least 0"),
         ({"stability": -1.0}, "stability of at least 0"),
         ({"rate_factor": 0.0}, "rate_factor above 0"),
+        ({"radius_factor": 1e300}, "radius_factor above 0 and up to 100"),
         ({"projections": 0}, "at least 1 of projections"),
     ],
 )

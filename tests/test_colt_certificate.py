@@ -1,5 +1,6 @@
 """COLT's certificate: against exact minima of small networks, and its parts against what they are made of."""
 
+import inspect
 import itertools
 import time
 from dataclasses import replace
@@ -151,6 +152,44 @@ def test_linear_programs_and_learning_leave_time_for_the_others(monkeypatch: pyt
     assert [it["timeout"] for it in asked] == [2.0] * len(asked) and asked
 
 
+def test_programs_take_what_was_refined_and_what_is_most_urgent(monkeypatch: pytest.MonkeyPatch) -> None:
+    published = (colt.REFINED, colt.LP_SECONDS, colt.ITERATIONS, inspect.signature(learn).parameters["rate"].default)
+    assert published == (1, 10.0, 500, 0.1)
+    network = NETWORKS["dense"](4)
+    region, specification = problem(network, Linf(0.5), 4, images=1)
+    bounds = Zonotope()(network.to(torch.float32), region, specification)
+    position = network.bent[1]
+    refined = [0.9 * it[0].double() for it in bounds.layers[position]]
+    learned: list[Any] = []
+    asked: list[tuple[dict[int, Any], Binaries]] = []
+
+    def learns(*arguments: Any, **options: Any) -> Any:
+        assert [torch.equal(mine[0], it) for mine, it in zip(options["given"][position], refined, strict=True)] == [
+            True
+        ] * 2
+        learned.append(learn(*arguments, **options | {"iterations": 2}))
+        return learned[-1]
+
+    def answered(*arguments: Any, binaries: Binaries, **_: Any) -> Minima:
+        asked.append((arguments[3], binaries))
+        bound = torch.tensor([-1.0]).double()
+        return Minima((0,), bound, bound, (None,))
+
+    monkeypatch.setattr(colt, "lp_refine", lambda *_, **__: refined)
+    monkeypatch.setattr(colt, "learn", learns)
+    monkeypatch.setattr(colt, "minimise", answered)
+    late = time.monotonic() + 60
+    assert not LateMilp()(network, region, specification, bounds, deadline=late, tried=lambda _: False)
+    (found,) = learned  # the first class that is not shown ends it
+    assert found.urgency is not None and asked
+    for layers, binaries in asked:
+        assert binaries.priorities is found.urgency
+        for place, (low, high) in found.bounds.layers.items():
+            known = refined if place == position else [it[0].double() for it in bounds.layers[place]]
+            assert torch.equal(layers[place][0][0], torch.maximum(known[0], low[0]))
+            assert torch.equal(layers[place][1][0], torch.minimum(known[1], high[0]))
+
+
 def test_tries_go_on_until_the_class_is_shown_and_none_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TRIES == ((1, 30), (1, 100), (2, 60))
     network = dense(0, hidden=(70, 120), inputs=6)
@@ -195,7 +234,13 @@ def test_learning_ends_at_the_deadline_with_the_best_so_far(monkeypatch: pytest.
 
     least_area, three, whole = learned(0), learned(3), learned(50)
     assert (three.margins > least_area.margins).any() and (whole.margins > three.margins).any()
-    for found, expected in ((learned(50, 11.0), least_area), (learned(50, 7.0, 8.0, 9.0, 10.0), three)):
+    # The first pass ends late, or leaves less time than it took; three steps leave the last pass as much as the first.
+    late, short, enough = (1.0, 10.5, 10.5), (1.0, 6.0, 6.0), (1.0, 3.0, 5.0, 6.0, 7.0, 8.0)
+    for found, expected in (
+        (learned(50, *late), least_area),
+        (learned(50, *short), least_area),
+        (learned(50, *enough), three),
+    ):
         assert torch.equal(found.margins, expected.margins)
         for position, (low, high) in expected.layers.items():
             assert torch.equal(found.layers[position][0], low) and torch.equal(found.layers[position][1], high)

@@ -641,6 +641,17 @@ def test_trials_counts_all_that_are_finished(pretence: Pretence, tmp_path: Path)
     assert len(pretence.begun) == 5
     assert redan.search("pgd-at-digits", trials=5, out=tmp_path / "parts", **FOUND) == parts
     assert redan.search("pgd-at-digits", trials=2, out=tmp_path / "parts", **FOUND).finished == 5
+    overrides = [f"--override={key}={value}" for key, value in FOUND["overrides"].items()]
+    call: list[str | Path] = [
+        "--space",
+        tmp_path / "parts" / "space.yaml",
+        "--trials",
+        "2",
+        "--out",
+        tmp_path / "parts",
+    ]
+    done = cli("pgd-at-digits", *call, *overrides)
+    assert done.exit_code == 0 and "failed" not in done.stderr
     assert len(pretence.begun) == 5
     assert told(redan.search("pgd-at-digits", trials=5, out=tmp_path / "whole", **FOUND)) == told(parts)
 
@@ -720,10 +731,15 @@ def test_others_finish_what_they_have_begun(
                 redan.search("pgd-at-digits", trials=2, storage=url, out=tmp_path / "two", **FOUND)
 
     pretence.at_epoch = another
+    pretence.score = lambda _, begun: begun / 10
     found = redan.search("pgd-at-digits", trials=2, storage=url, out=tmp_path / "one", **FOUND)
     assert pretence.begun == ["pgd-at-digits-trial001", "pgd-at-digits-trial002"]
     assert [Path(trial.run).parent.name for trial in found.trials] == ["one", "two"] and found.finished == 2
     assert not (tmp_path / "one" / "sweep.sqlite").exists()
+    # The report finds the best run, which lies in the other one's folder.
+    assert found.best is not None and Path(found.best.run).parent.name == "two"
+    page = redan.report([tmp_path / "one"], tmp_path / "report.html").read_text()
+    assert f"{Path(found.best.run).name} is not evaluated yet" in page
     waiting = Trials.load(tmp_path / "two" / "sweep.json")
     assert [trial.state for trial in waiting.trials] == ["running", "complete"]
 
@@ -881,6 +897,10 @@ def test_a_wrong_space_is_told_in_one_line(
         ("--trials 2 --samples 10", "leave --samples out"),
         ("--trials 2 -o data.validation_samples=0", "set data.validation_samples"),
         ("--trials 2 --certify crwon", "did you mean 'crown'?"),
+        (
+            "--trials 2 -o method.name=colt -o model=convmed -o method.mixing=1 -o method.trained_network=nowhere",
+            "nowhere",
+        ),
         ("--trials 2 --out taken", "taken"),
         ("--trials 2 --storage nonsense", "--storage nonsense: "),
         ("--trials 2 --storage sqlite:///no/such/folder/file", "unable to open database file"),
@@ -950,6 +970,9 @@ def test_a_search_may_be_judged_by_what_is_certified(tmp_path: Path, threat: str
     right = round(137 * record["validation_clean_accuracy"])
     assert trial.value == Accuracy.of(share * right, 137) and right > 10
     assert "--certify interval" in found.command
+    page = redan.report([tmp_path], tmp_path / "report.html").read_text()
+    assert "held-out images certified by interval of 1 trials against optimizer.lr" in page
+    assert "Held-out images certified by interval</th>" in page and "alidation accuracy of" not in page
 
 
 def test_the_report_of_a_search_has_its_trials(pretence: Pretence, tmp_path: Path) -> None:
@@ -970,7 +993,18 @@ def test_the_report_of_a_search_has_its_trials(pretence: Pretence, tmp_path: Pat
 def test_shipped_spaces_are_read_and_go_with_a_recipe() -> None:
     assert list(shipped_spaces()) == ["colt"]
     space = load_space("colt")
-    assert len(space) == 5
+    # What the authors' two scripts came to lies inside.
+    published = {
+        "batch_size": (100, 150),
+        "method.start_factor": (1.05,),
+        "method.radius_factor": (1.1, 1.2),
+        "method.l1": (1e-5, 5e-6),
+        "method.stability": (0.005, 0.003),
+    }
+    assert space.keys() == published.keys()
+    for key, values in published.items():
+        low, high = space[key].ends()
+        assert all(low < it < high for it in values)
     for key, entry in space.items():
         for end in entry.ends():
             redan.load_recipe("colt-digits", {key: end})

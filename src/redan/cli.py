@@ -641,7 +641,7 @@ def _search(
         console.print(f"Table: {out / 'sweep.md'}", soft_wrap=True, markup=False)
         if best is not None:
             console.print(f"Best recipe: {best}. Next: redan train {best}", soft_wrap=True, markup=False)
-    if missing := trials - found.finished:
+    if (missing := trials - found.finished) > 0:
         _say(f"redan: {missing} of {trials} trials failed; the same command draws others")
         raise typer.Exit(1)
 

@@ -12,6 +12,7 @@ from redan.certification.cauchy import lines
 from redan.certification.interval import Box
 from redan.certification.network import Affine, Network, Relu
 from redan.certification.regions import Region
+from redan.seeds import generator_on
 
 
 class Latent:
@@ -47,8 +48,12 @@ class Latent:
 
     def start(self, generator: Generator | None) -> dict[int, Tensor]:
         """Coefficients drawn uniformly from the unit cube; the generator is the CPU's."""
-        draws = {i: torch.empty(shape).uniform_(-1, 1, generator=generator) for i, shape in self.shapes.items()}
-        return {i: it.to(self.centre) for i, it in draws.items()}
+        device, dtype = self.centre.device, self.centre.dtype
+        draws = generator_on(device, generator)
+        return {
+            i: torch.empty(shape, device=device).uniform_(-1, 1, generator=draws).to(dtype)
+            for i, shape in self.shapes.items()
+        }
 
     def __call__(self, coefficients: dict[int, Tensor]) -> Tensor:
         """The points ``(n, *shape)`` of coefficients in [-1, 1]."""

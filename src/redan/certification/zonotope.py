@@ -229,13 +229,16 @@ def learn(
         rate: their size, a tenth of it after every hundred (as COLT has it).
         sound: which rounding errors the bounds cover.
         given: by position of a layer that a ReLU takes, bounds already known, ``(n, *shape)``.
-        deadline: by ``time.monotonic``; no step is begun after it.
+        deadline: by ``time.monotonic``; the first pass is made whole, and no step is begun that leaves the last less
+            time than the first one took.
     """
     given = {} if given is None else given
     slopes: dict[int, Tensor] = {}
+    started = time.monotonic()
     with torch.no_grad():
         first = _Propagation(network, region, sound, slopes, given)
         margins = first.margins(specification)
+    latest = deadline - (time.monotonic() - started)
     bounds = Bounds({i: first.bounds[i] for i in network.bent}, margins)
     before = {i: network.layers[i].inputs[0] for i in slopes}
     fast, slopes = network.to(torch.float32), {i: slope.float() for i, slope in slopes.items()}
@@ -244,7 +247,7 @@ def learn(
     since = torch.zeros_like(worst, dtype=torch.int64)  # steps since an image's margin last gained
     optimiser = torch.optim.Adam([it.requires_grad_() for it in slopes.values()], rate) if slopes else None
     steps = 0
-    while optimiser is not None and steps < iterations and time.monotonic() < deadline:
+    while optimiser is not None and steps < iterations and time.monotonic() < latest:
         left = ((worst <= 0) & (since < PATIENCE)).nonzero().squeeze(1)
         if not len(left):
             break

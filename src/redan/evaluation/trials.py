@@ -16,8 +16,8 @@ class Trial(Frozen):
         number: from 1, in the order in which the values were drawn.
         state: ``pruned`` trials were stopped early, ``waiting`` ones were interrupted and go on with the search.
         parameters: the values by dotted key of the recipe; empty where none are drawn yet.
-        value: the accuracy of the run's best checkpoint on held-out training images, clean or robust as the method has
-            it (so far, where the state is not ``complete``), or their share that was certified.
+        value: the accuracy of the run's shipped weights on held-out training images, clean of ``standard``, else
+            robust (so far, where the state is not ``complete``), or their share that was certified.
         run: the run folder; empty where none is begun yet.
         epochs: done in training.
         seconds: that they took.
@@ -35,14 +35,23 @@ class Trial(Frozen):
 
 
 class Trials(ResultFile):
-    """A search: ``wanted`` trials to be finished, those that there are, and the command line that goes on."""
+    """A search: ``wanted`` trials to be finished, those that there are, and the command line that goes on.
+
+    ``certify`` is the method that judged them, None where accuracy did.
+    """
 
     kind: ClassVar[str] = "a search"
 
     redan_version: str
     command: str
     wanted: int
+    certify: str | None = None
     trials: tuple[Trial, ...]
+
+    @property
+    def judge(self) -> str:
+        """What the value of a trial is, in words."""
+        return "validation accuracy" if self.certify is None else f"held-out images certified by {self.certify}"
 
     @property
     def finished(self) -> int:

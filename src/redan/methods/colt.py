@@ -66,7 +66,7 @@ class COLT(NetworkMethod):
 
     Args:
         layers: attacked, one a phase: ``input``, then ReLUs by name; all but the last ReLU if empty.
-        start_factor: see above.
+        start_factor: see above; like the other factors above 0 and up to 100.
         radius_factor: likewise.
         rate_factor: likewise.
         mixing: likewise; at least 0 and no longer than a phase.
@@ -96,8 +96,8 @@ class COLT(NetworkMethod):
         factors = {"start_factor": start_factor, "radius_factor": radius_factor}
         factors |= {"rate_factor": rate_factor, "stability_factor": stability_factor}
         for name, number in factors.items():
-            if not 0 < number < float("inf"):
-                raise UserError(f"COLT takes a {name} above 0, got {number}")
+            if not 0 < number <= 100:
+                raise UserError(f"COLT takes a {name} above 0 and up to 100, got {number}")
         for name, number in {"mixing": mixing, "l1": l1, "stability": stability}.items():
             if not 0 <= number < float("inf"):
                 raise UserError(f"COLT takes {name} of at least 0, got {number}")

@@ -1,7 +1,7 @@
 """Methods by name, as recipes spell them."""
 
 import inspect
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
@@ -78,7 +78,10 @@ def parse_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
         except UserError as error:
             raise UserError(f"method {name}: {option}: {error}") from error
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].replace("tuple", "list")  # as a recipe's reader knows it
+            first = error.errors()[0]
+            reason = first["msg"].replace("tuple", "list")  # as a recipe's reader knows it
+            if first["type"] == "missing":
+                reason = f"a list of {len(get_args(kind))} is needed"
             raise UserError(f"method {name}: {option}: {reason}, got {value!r}") from error
     return parsed
 

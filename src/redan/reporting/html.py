@@ -148,7 +148,8 @@ def _best(folder: Path, search: Trials | None) -> Path:
         return folder
     if search.best is None:
         raise UserError(f"no trial of {folder} is complete yet; it goes on with: {search.command}")
-    return folder / Path(search.best.run).name
+    run = Path(search.best.run)
+    return folder / run.name if (folder / run.name).exists() else run  # another process may have its own folder
 
 
 def _trials_figures(name: str, search: Trials) -> list[Markup]:
@@ -159,7 +160,7 @@ def _trials_figures(name: str, search: Trials) -> list[Markup]:
         series[key] = [trial.parameters.get(key) for trial in known]
     return [
         trials_figure(
-            f"{name}: validation accuracy of {len(known)} trials against {key}",
+            f"{name}: {search.judge} of {len(known)} trials against {key}",
             key,
             [(x, trial.value, trial.state == "complete") for x, trial in zip(xs, known, strict=True) if trial.value],
         )

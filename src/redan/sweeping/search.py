@@ -1,6 +1,6 @@
 """The best values of a space, searched by trials: Optuna draws them, a run is trained with each, held-out images judge.
 
-The judge is the accuracy of a run's best checkpoint (robust, of methods without an attack clean), or what of it can be
+The judge is the accuracy of a run's shipped weights (clean of ``standard``, else robust), or what of it can be
 certified, on training images that the recipe holds out; the test set is never looked at. A search's folder holds one
 run folder a trial, ``sweep.json`` and ``sweep.md`` (the trials), ``space.yaml``, ``best.yaml`` (the best trial's
 recipe) and, unless another storage is named, ``sweep.sqlite``.
@@ -38,7 +38,7 @@ from redan.files import write_atomically
 from redan.methods.base import Phase
 from redan.recipes.build import build
 from redan.recipes.schema import Recipe, load_recipe
-from redan.run import STATE
+from redan.run import STATE, take_over
 from redan.seeds import derive_seed
 from redan.sweeping.judge import certified
 from redan.sweeping.runs import train_run, trained
@@ -297,6 +297,7 @@ class _Search:
             redan_version=__version__,
             command=self.command,
             wanted=self.wanted,
+            certify=None if self.verifier is None else self.verifier.method,
             trials=tuple(_trials(self.study, self.space)),
         )
         if found.best is not None:
@@ -334,9 +335,11 @@ def _checked(source: str | Path, overrides: dict[str, Any], space: Space, data_d
     ends = [load_recipe(source, overrides | {key: end}) for key, entry in space.items() for end in entry.ends()]
     corner = load_recipe(source, overrides | {key: entry.ends()[-1] for key, entry in space.items()})
     ends.append(corner)
-    facts = {name: load_dataset(name, data_dir).facts for name in {recipe.data.name for recipe in ends}}
+    datasets = {name: load_dataset(name, data_dir) for name in {recipe.data.name for recipe in ends}}
     for recipe in ends:
-        method = build(recipe, facts[recipe.data.name])  # options that do not fit the network are told here
+        dataset = datasets[recipe.data.name]
+        method = build(recipe, dataset.facts)  # options that do not fit the network are told here
+    take_over(method, corner, dataset)
     planned = Phase("training", corner.epochs, corner.optimizer, corner.schedule)
     return base, sum(phase.epochs for phase in method.phases(planned))
 
