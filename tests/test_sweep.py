@@ -642,15 +642,8 @@ def test_trials_counts_all_that_are_finished(pretence: Pretence, tmp_path: Path)
     assert redan.search("pgd-at-digits", trials=5, out=tmp_path / "parts", **FOUND) == parts
     assert redan.search("pgd-at-digits", trials=2, out=tmp_path / "parts", **FOUND).finished == 5
     overrides = [f"--override={key}={value}" for key, value in FOUND["overrides"].items()]
-    call: list[str | Path] = [
-        "--space",
-        tmp_path / "parts" / "space.yaml",
-        "--trials",
-        "2",
-        "--out",
-        tmp_path / "parts",
-    ]
-    done = cli("pgd-at-digits", *call, *overrides)
+    parts_again = ("--space", tmp_path / "parts" / "space.yaml", "--trials", "2", "--out", tmp_path / "parts")
+    done = cli("pgd-at-digits", *parts_again, *overrides)
     assert done.exit_code == 0 and "failed" not in done.stderr
     assert len(pretence.begun) == 5
     assert told(redan.search("pgd-at-digits", trials=5, out=tmp_path / "whole", **FOUND)) == told(parts)

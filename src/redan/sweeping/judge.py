@@ -16,7 +16,7 @@ BATCH = 50
 
 
 def certified(run: Path, verifier: Verifier, data_dir: Path | None) -> Accuracy:
-    """The share of the images that a run holds out which its best weights classify rightly and the verifier certifies.
+    """The share of a run's held-out images that its shipped weights classify rightly and the verifier certifies.
 
     Raises:
         UserError: where the network cannot be read as a graph.

@@ -483,8 +483,8 @@ def _markdown(found: Trials) -> str:
     failures = "".join(f"* trial {trial.number} failed: {trial.error}\n" for trial in found.trials if trial.error)
     return (
         f"# Search\n\n```\n{found.command}\n```\n\n{chosen}"
-        "Validation is the accuracy of the run's best checkpoint on held-out training images, under attack where the\n"
-        "method has one, or, with `--certify`, what of it could be certified [95 % interval]; the greatest of many\n"
+        "Validation is the accuracy of the run's shipped weights on held-out training images, clean of `standard`,\n"
+        "else robust, or, with `--certify`, what of it could be certified [95 % interval]; the greatest of many\n"
         "such is too high by chance, so the test set has the last word. "
         f"redan {found.redan_version}.\n\n{markdown_table(*summary(found))}" + (f"\n{failures}" if failures else "")
     )
