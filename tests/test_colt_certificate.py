@@ -74,9 +74,9 @@ def test_what_it_certifies_is_so_and_with_all_exact_it_certifies_all_that_is(nam
     def certifies(certificate: LateMilp) -> bool:
         return certificate(network, region, specification, bounds, deadline=time.monotonic() + 20, tried=tried)
 
-    if certifies(LateMilp(((1, 1),))):
+    if certifies(LateMilp((Binaries(1, per_layer=1),))):
         assert (exact > 0).all()
-    assert certifies(LateMilp(((1, 1), (9, 99)))) == bool((exact > 1e-6).all())
+    assert certifies(LateMilp((Binaries(1, per_layer=1), Binaries()))) == bool((exact > 1e-6).all())
     for image in asked:
         assert (image >= region.lower[0] - 1e-9).all() and (image <= region.upper[0] + 1e-9).all()
 
@@ -91,7 +91,7 @@ def test_a_counterexample_ends_it() -> None:
         found.append(specification.values(network(image[None])).min())
         return True
 
-    certificate = LateMilp(((9, 99),))
+    certificate = LateMilp((Binaries(),))
     assert not certificate(network, region, specification, bounds, deadline=time.monotonic() + 20, tried=tried)
     assert len(found) == 1 and found[0] < 1e-6
 
@@ -185,7 +185,10 @@ def test_programs_take_what_was_refined_and_what_is_most_urgent(monkeypatch: pyt
 
 
 def test_tries_go_on_until_the_class_is_shown_and_none_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert TRIES == ((1, 30), (1, 100), (2, 60))
+    published = [(1, 30, None), (1, 100, None), (2, 60, None)]
+    wide = [(1, 30, None), (1, 60, None), (1, None, None), (2, None, 120)]
+    of = {name: [(it.last_layers, it.per_layer, it.in_all) for it in tries] for name, tries in TRIES.items()}
+    assert of == {"colt": published, "colt-8": wide}
     network = dense(0, hidden=(70, 120), inputs=6)
     region, specification = problem(network, Linf(0.5), images=1)
     bounds = Zonotope()(network.to(torch.float32), region, specification)
@@ -199,19 +202,29 @@ def test_tries_go_on_until_the_class_is_shown_and_none_is_made_twice(monkeypatch
             asked = watched(context, lower=lower)
             late = time.monotonic() + 60
             shown = certificate(network, region, specification, known, deadline=late, tried=lambda _: False)
-        return shown, [(it["binaries"].last_layers, it["binaries"].per_layer) for it in asked]
+        made = [it["binaries"] for it in asked]
+        return shown, [(it.last_layers, it.per_layer, it.in_all) for it in made]
 
     # The first class that none shows ends it; one that is shown takes no second.
     monkeypatch.setattr(colt, "lp_refine", lambda *_, **__: [it[0].double() for it in bounds.layers[network.bent[1]]])
-    assert tries(LateMilp()) == (False, list(TRIES))
+    assert tries(LateMilp()) == (False, published)
+    assert tries(LateMilp(TRIES["colt-8"])) == (False, wide)
     groups = specification.left(bounds.margins[0])
-    assert tries(LateMilp(), lower=1.0) == (True, [(1, 30)] * len(groups))
+    assert tries(LateMilp(), lower=1.0) == (True, published[:1] * len(groups))
     monkeypatch.undo()
     # Of layers with at most 6 and 5 open ReLUs, all that are in the last one are exact at once.
     few = NETWORKS["dense"](4)
     small = (few, *problem(few, Linf(0.5), 4, images=1))
-    assert tries(LateMilp(), asks=small) == (False, [(1, 30), (2, 60)])
-    assert tries(LateMilp(((1, 2), (1, 3), (1, 99), (2, 99))), asks=small)[1] == [(1, 2), (1, 3), (1, 99), (2, 99)]
+    assert tries(LateMilp(), asks=small) == (False, [published[0], published[2]])
+    assert tries(LateMilp(TRIES["colt-8"]), asks=small) == (False, [wide[0], wide[3]])
+    growing = tuple(Binaries(*it) for it in ((1, 2), (1, 3), (1, 99), (2, 99, 7), (2, 99, 8), (2, 99, 99), (2, 99)))
+    made = [(it.last_layers, it.per_layer, it.in_all) for it in growing]
+    assert tries(LateMilp(growing), asks=small)[1] == made[:-1]
+    # Where all ReLUs of the layer before are on, the last two are the last one.
+    closed = {i: (low.abs() + 1, low.abs() + 2) for i, (low, _) in bounds.layers.items()}
+    closed[network.bent[1]] = bounds.layers[network.bent[1]]
+    one, two = Binaries(1), Binaries(2)
+    assert list(LateMilp((one, two))._tries(network, closed)) == [one]
 
 
 def test_learning_ends_at_the_deadline_with_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +267,7 @@ def test_what_slopes_show_has_its_margin() -> None:
     assert found.margin == pytest.approx(specification.worst(learned.margins).item())
 
 
-@pytest.mark.parametrize("method", ["learned-zonotope", "colt"])
+@pytest.mark.parametrize("method", ["learned-zonotope", "colt", "colt-8"])
 def test_each_image_s_slopes_have_a_time_of_their_own(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = NETWORKS["dense"](4)
     region, specification = problem(network, Linf(0.5), 4, images=3)
@@ -272,10 +285,17 @@ def test_each_image_s_slopes_have_a_time_of_their_own(method: str, monkeypatch: 
 
     monkeypatch.setattr(verifier, "Zonotope", Watched)
     monkeypatch.setattr(verifier, "ITERATIONS", 1)
-    monkeypatch.setattr(verifier, "LateMilp", lambda **_: lambda *_, **__: False)
+    made: list[Any] = []
+
+    def late(tries: Any, *_: Any) -> Any:
+        made.append(tries)
+        return lambda *_, **__: False
+
+    monkeypatch.setattr(verifier, "LateMilp", late)
     Verifier(method, timeout=50)(network, Unbroken(network, region, specification))
     assert [images for images, _ in learning] == [1, 1, 1]
-    share = {"learned-zonotope": 1.0, "colt": 0.4}[method]
+    assert made == ([] if method == "learned-zonotope" else [TRIES[method]] * 3)
+    share = {"learned-zonotope": 1.0}.get(method, 0.4)
     assert all(share * 50 - 5 < seconds <= share * 50 for _, seconds in learning)
 
 

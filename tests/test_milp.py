@@ -235,7 +235,7 @@ def test_binaries_are_those_of_the_highest_priority() -> None:
     crossing = [high[0][(low[0] < 0) & (high[0] > 0)].tolist() for low, high in (layers[first], layers[second])]
     assert min(map(len, crossing)) >= 3
 
-    def exact(**options: int) -> list[float]:
+    def exact(priorities: dict[int, Tensor] = priorities, **options: int) -> list[float]:
         """Upper bounds of the exact neurons, which tell who they are: each has the row y - u a <= 0."""
         binaries = Binaries(priorities=priorities, **options)
         program = margin_program(network, region, specification, layers, image=0, row=0, binaries=binaries)
@@ -247,6 +247,14 @@ def test_binaries_are_those_of_the_highest_priority() -> None:
     assert exact(per_layer=1) == [crossing[0][-1], crossing[1][-1]]
     assert exact(per_layer=2) == crossing[0][-2:] + crossing[1][-2:]
     assert exact() == crossing[0] + crossing[1]
+    assert exact(in_all=2) == crossing[0][-2:]
+    assert exact(in_all=len(crossing[0]) + 1) == [*crossing[0], crossing[1][-1]]
+    assert exact(last_layers=1, in_all=2) == crossing[1][-2:]
+    assert exact(per_layer=1, in_all=99) == exact(per_layer=1)
+    # Side by side the layers' ReLUs count by rank alone: the last of each come first.
+    level = {i: -high for i, (_, high) in layers.items()}
+    assert sorted(exact(level, in_all=3)) == sorted(crossing[0] + crossing[1])[:3]
+    ranks = ranks[:3]
     # The first layer's come before the second's, the last of each first.
     assert ranks[:2] == [[1, 0], [2, 3, 0, 1]]
     assert sorted(ranks[2]) == list(range(len(crossing[0] + crossing[1])))

@@ -264,8 +264,8 @@ def certify(
         str,
         typer.Option(
             "--method",
-            help="cascade, colt (as published), or one part: interval, zonotope, learned-zonotope, crown-ibp, crown, "
-            "alpha-crown, input-split, branch-and-bound, milp.",
+            help="cascade, colt or colt-8 (as published for 2/255 and 8/255), or one part: interval, zonotope, "
+            "learned-zonotope, crown-ibp, crown, alpha-crown, input-split, branch-and-bound, milp.",
         ),
     ] = "cascade",
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for each image that bounds leave open.")] = 60.0,

@@ -8,13 +8,13 @@ most urgent ReLUs of the last layers exact, more of them from try to try.
 What differs from the public code. The layers before the exact ones are triangles here, zonotopes there: triangles are
 tighter. The programs go from the pixels' box, its later ones from error terms. A linear program is solved for one side
 of a neuron alone where that settles its sign. An image has so many seconds, not each wrong class of each try; learning
-ends after steps in which nothing is gained; bounds of single neurons are not learned for (``refine_opt``, of the last
-try at 8/255). Bounds cover rounding. The solver is an open one.
+ends after steps in which nothing is gained; for the last try at 8/255 bounds of single neurons are not learned
+(``refine_opt``), and no image is too far off. Bounds cover rounding. The solver is an open one.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,9 +30,11 @@ REFINED = 1  # of the layers that ReLUs take, counted from 0, the one that linea
 LP_SECONDS = 10.0  # for one neuron
 ITERATIONS = 500  # of Adam on the slopes, at most
 
-# Of each try: in how many ReLU layers at the end some are exact, and how many of each. Those published for 2/255; those
-# for 8/255 are 30, 60 and all of the last layer, then 120 of the last two.
-TRIES = ((1, 30), (1, 100), (2, 60))
+# By method of certification, which ReLUs are exact in each try: those published for 2/255, and those for 8/255.
+TRIES = {
+    "colt": (Binaries(1, per_layer=30), Binaries(1, per_layer=100), Binaries(2, per_layer=60)),
+    "colt-8": (Binaries(1, per_layer=30), Binaries(1, per_layer=60), Binaries(1), Binaries(2, in_all=120)),
+}
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,13 @@ class LateMilp:
     """The part of COLT's certificate that goes image by image; the published numbers are the defaults.
 
     Args:
-        tries: for each wrong class one after the other until it is shown, see ``TRIES``.
+        tries: for each wrong class one after the other until it is shown; their priorities are learned.
         sound: which rounding errors the bounds cover.
         solver: of the programs, see ``solvers.solve``.
         threads: of the solver.
     """
 
-    tries: tuple[tuple[int, int], ...] = TRIES
+    tries: tuple[Binaries, ...] = TRIES["colt"]
     sound: SoundFloat = "exact"
     solver: Solver = "auto"
     threads: int = 1
@@ -120,7 +122,7 @@ class LateMilp:
             i: (torch.maximum(low, learned.bounds.layers[i][0]), torch.minimum(high, learned.bounds.layers[i][1]))
             for i, (low, high) in layers.items()
         }
-        for last_layers, binaries in self._tries(network, tighter):
+        for binaries in self._tries(network, tighter):
             seconds = deadline - time.monotonic()
             if seconds <= 0:
                 return False
@@ -131,7 +133,7 @@ class LateMilp:
                 tighter,
                 image=0,
                 rows=[row],
-                binaries=Binaries(last_layers=last_layers, per_layer=binaries, priorities=learned.urgency),
+                binaries=replace(binaries, priorities=learned.urgency),
                 sound=self.sound,
                 solver=self.solver,
                 timeout=seconds,
@@ -144,16 +146,18 @@ class LateMilp:
                 return False
         return False
 
-    def _tries(self, network: Network, layers: dict[int, tuple[Tensor, Tensor]]) -> Iterator[tuple[int, int]]:
+    def _tries(self, network: Network, layers: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Binaries]:
         """Those that are not the program of the one before: fewer ReLUs may be open than are to be exact."""
         taken = [layers[network.layers[relu].inputs[0]] for relu in reversed(network.relus)]
         counts = [int(((low < 0) & (high > 0)).sum()) for low, high in taken]  # from the last layer back
-        before: list[int] | None = None
-        for last_layers, binaries in self.tries:
-            exact = [min(binaries, count) * (k < last_layers) for k, count in enumerate(counts)]
-            if exact != before:
-                yield last_layers, binaries
-            before = exact
+        before: tuple[list[int], int] | None = None
+        for binaries in self.tries:
+            late = [count for count in counts[: binaries.last_layers] if count]
+            exact = late if binaries.per_layer is None else [min(binaries.per_layer, count) for count in late]
+            in_all = sum(exact) if binaries.in_all is None else min(binaries.in_all, sum(exact))
+            if (exact, in_all) != before:
+                yield binaries
+            before = exact, in_all
 
 
 def _halfway(deadline: float) -> float:

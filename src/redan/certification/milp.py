@@ -96,12 +96,14 @@ class Binaries:
     Attributes:
         last_layers: only those of the last so many ReLU layers; None for all.
         per_layer: at most so many of each layer; None for all.
+        in_all: at most so many of these; None for all.
         priorities: by position of the layer that a ReLU takes, ``(n, *shape)``; the solver is asked to branch on high
             ones first, too. None ranks ReLUs by the height of their triangle, -l u / (u - l), and asks nothing.
     """
 
     last_layers: int | None = None
     per_layer: int | None = None
+    in_all: int | None = None
     priorities: dict[int, Tensor] | None = None
 
 
@@ -313,7 +315,7 @@ def _spread(values: Tensor | None, shape: tuple[int, ...]) -> Vector:
 
 
 def _choose(rank: Vector, parts: Sequence[tuple[int, bool]], binaries: Binaries) -> Mask:
-    """The exact ones among ReLUs, so many of each layer, of which some may not have any."""
+    """The exact ones among ReLUs, so many of each layer, of which some may not have any, and so many in all."""
     sizes = [size for size, _ in parts]
     chosen = np.repeat([late for _, late in parts], sizes)
     if binaries.per_layer is not None:
@@ -322,6 +324,9 @@ def _choose(rank: Vector, parts: Sequence[tuple[int, bool]], binaries: Binaries)
             order = start + np.argsort(-rank[start : start + size], kind="stable")
             chosen[order[binaries.per_layer :]] = False
             start += size
+    if binaries.in_all is not None:
+        order = np.argsort(-np.where(chosen, rank, -np.inf), kind="stable")
+        chosen[order[binaries.in_all :]] = False
     return chosen
 
 

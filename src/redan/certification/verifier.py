@@ -22,7 +22,7 @@ from redan.attacks.pgd import PGD
 from redan.attacks.search import SearchModel
 from redan.certification.alpha_crown import AlphaCrown
 from redan.certification.branch_and_bound import BranchAndBound
-from redan.certification.colt import ITERATIONS, LateMilp
+from redan.certification.colt import ITERATIONS, TRIES, LateMilp
 from redan.certification.crown import Crown
 from redan.certification.input_split import InputSplit
 from redan.certification.interval import Interval
@@ -51,13 +51,14 @@ METHODS: dict[str, tuple[str, ...]] = {
     "branch-and-bound": ("pgd", "crown", "apgd-t", "alpha-crown", "branch-and-bound"),
     "milp": ("pgd", "crown", "apgd-t", "alpha-crown", "milp"),
     "colt": ("pgd", "zonotope", "apgd-t", "learned-zonotope", "colt"),
+    "colt-8": ("pgd", "zonotope", "apgd-t", "learned-zonotope", "colt"),
 }
 
 # The stages that go image by image, last of all.
 SEARCHES = ("learned-zonotope", "input-split", "branch-and-bound", "milp", "colt")
 
 # Those that need a network whose only bends are ReLUs'.
-OF_RELUS = ("branch-and-bound", "milp", "colt")
+OF_RELUS = ("branch-and-bound", "milp", "colt", "colt-8")
 
 # Share of an image's time that a search may take where another is still to come.
 SHARES = {"learned-zonotope": 0.4, "input-split": 0.4, "branch-and-bound": 0.2}
@@ -414,7 +415,7 @@ class _Course:
         if region.ball is not None:
             return False
         verifier = self._verifier
-        return LateMilp(sound=verifier.sound, solver=verifier.solver, threads=verifier.threads)(
+        return LateMilp(TRIES[verifier.method], verifier.sound, verifier.solver, verifier.threads)(
             network,
             region,
             specification,
