@@ -49,6 +49,16 @@ train colt-cifar10-mini-from-pgd-at colt-cifar10-mini -o 'schedule={name: cosine
 judge "$all" colt-cifar10-mini-from-pgd-at
 train pgd-at-cifar10-mini-convmed-50 pgd-at-cifar10-mini-convmed -o epochs=50
 judge "$all" pgd-at-cifar10-mini-convmed-50
+# A wider network: is there more to win?
+wide='model={name: convmed, w1: 2, w2: 4, hidden: 250}'
+most='zonotope cascade autoattack'
+train pgd-at-cifar10-mini-convmed-wide pgd-at-cifar10-mini-convmed -o "$wide" -o epochs=15
+judge "$most" pgd-at-cifar10-mini-convmed-wide
+train colt-cifar10-mini-wide-from-pgd-at colt-cifar10-mini -o "$wide" -o 'schedule={name: cosine}' \
+    -o "method.trained_network=$out/pgd-at-cifar10-mini-convmed-wide"
+judge "$most" colt-cifar10-mini-wide-from-pgd-at
+train pgd-at-cifar10-mini-convmed-wide-35 pgd-at-cifar10-mini-convmed -o "$wide" -o epochs=35
+judge "$most" pgd-at-cifar10-mini-convmed-wide-35
 # What the cascade leaves open of these is little: it brackets their accuracy without AutoAttack.
 row 'interval zonotope cascade' ibp-mnist-mini crown-ibp-mnist-mini sabr-mnist-mini mtl-ibp-mnist-mini
 # MTL-IBP's recipe trains at twice the radius.
