@@ -56,7 +56,7 @@ train pgd-at-cifar10-mini-convmed-wide pgd-at-cifar10-mini-convmed -o "$wide" -o
 judge "$most" pgd-at-cifar10-mini-convmed-wide
 train colt-cifar10-mini-wide-from-pgd-at colt-cifar10-mini -o "$wide" -o 'schedule={name: cosine}' \
     -o "method.trained_network=$out/pgd-at-cifar10-mini-convmed-wide"
-judge "$most" colt-cifar10-mini-wide-from-pgd-at
+judge "$most colt" colt-cifar10-mini-wide-from-pgd-at
 train pgd-at-cifar10-mini-convmed-wide-35 pgd-at-cifar10-mini-convmed -o "$wide" -o epochs=35
 judge "$most" pgd-at-cifar10-mini-convmed-wide-35
 # What the cascade leaves open of these is little: it brackets their accuracy without AutoAttack.
