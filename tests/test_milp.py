@@ -247,6 +247,9 @@ def test_binaries_are_those_of_the_highest_priority() -> None:
     assert exact(per_layer=1) == [crossing[0][-1], crossing[1][-1]]
     assert exact(per_layer=2) == crossing[0][-2:] + crossing[1][-2:]
     assert exact() == crossing[0] + crossing[1]
+    # The first layer's come before the second's, the last of each first.
+    assert ranks[:2] == [[1, 0], [2, 3, 0, 1]]
+    assert sorted(ranks[2]) == list(range(len(crossing[0] + crossing[1])))
     assert exact(in_all=2) == crossing[0][-2:]
     assert exact(in_all=len(crossing[0]) + 1) == [*crossing[0], crossing[1][-1]]
     assert exact(last_layers=1, in_all=2) == crossing[1][-2:]
@@ -254,10 +257,6 @@ def test_binaries_are_those_of_the_highest_priority() -> None:
     # Side by side the layers' ReLUs count by rank alone: the last of each come first.
     level = {i: -high for i, (_, high) in layers.items()}
     assert sorted(exact(level, in_all=3)) == sorted(crossing[0] + crossing[1])[:3]
-    ranks = ranks[:3]
-    # The first layer's come before the second's, the last of each first.
-    assert ranks[:2] == [[1, 0], [2, 3, 0, 1]]
-    assert sorted(ranks[2]) == list(range(len(crossing[0] + crossing[1])))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
